@@ -18,7 +18,7 @@ DTYPES = {
 }
 """The names `--dtype` takes besides `auto`."""
 
-LARGE_ON_CPU = 20_000_000
+LARGE_ON_CPU = 500_000
 """From how many parameters `auto` takes bfloat16 on a processor that multiplies it natively; below, casts cost more."""
 
 
