@@ -1,0 +1,446 @@
+"""The one decode loop: prompts of token ids in, chosen token ids out, many requests at once over one cache.
+
+Continuous batching: each `step` first moves waiting requests into free rows of the cache (their prompts run together,
+right-padded, equal prompts once), then adds one token to every running row. It knows token ids only: no text, no
+template, no tokenizer. It is not thread-safe: one thread calls it.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from minimind.errors import ConfigError
+from minimind.inference.sampling import RowParams, SamplingParams, key_of, sample, uniforms_of
+from minimind.model.cache import KVCache
+from minimind.model.transformer import Transformer
+from minimind.runtime.device import autocast
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+DEFAULT_MAX_LENGTH = 2048
+"""Positions per cache row when `max_length` is not given (and the model allows as many)."""
+
+_PREFILL_CHUNK = 512
+"""Prompts are run this many positions at a time, so that a long one needs little memory."""
+
+_PREFILL_TOKENS = 8192
+"""The most token slots (rows x length) of one prefill batch."""
+
+
+class Event(NamedTuple):
+    """One token of one request, or (`token_id` -1) the news that it was cancelled."""
+
+    request_id: int
+    token_id: int
+    log_prob: float | None
+    """See `SamplingParams.logprobs`; None when not asked for."""
+    finish_reason: FinishReason | None
+    """Set on the last event of a request: a stop id (which is `token_id`), the limit reached, or cancelled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The answer to one prompt."""
+
+    ids: list[int]
+    """The chosen tokens, the stop id included when one was met."""
+    log_probs: list[float]
+    """One for each id when `SamplingParams.logprobs`, else empty."""
+    finish_reason: FinishReason
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    id: int
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    limit: int
+    key: int
+    stop: frozenset[int]
+    has_events: bool
+    row: int = -1
+    ids: list[int] = field(default_factory=list[int])
+    log_probs: list[float] = field(default_factory=list[float])
+    finish_reason: FinishReason | None = None
+
+
+class Engine:
+    """Decodes with `model` in up to `max_batch_size` rows of `max_length` positions (prompt and answer).
+
+    `device` moves the model there; `dtype` is what products and the cache use (default: the parameters'). The model is
+    used as it is at each step, so its weights may be trained between two calls; no gradients are recorded.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        max_batch_size: int = 8,
+        max_length: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Allocate the cache. Raises ConfigError for sizes that cannot be."""
+        limit = model.config.max_position_embeddings
+        max_length = min(limit, DEFAULT_MAX_LENGTH) if max_length is None else max_length
+        if max_batch_size < 1:
+            raise ConfigError(f"engine: max_batch_size {max_batch_size}: use at least 1")
+        if not 2 <= max_length <= limit:
+            raise ConfigError(f"engine: max_length {max_length}: use 2 to {limit}, the model's max_position_embeddings")
+        if device is not None:
+            model.to(torch.device(device))
+        weight = next(model.parameters())
+        self.model = model
+        self.max_batch_size = max_batch_size
+        self.max_length = max_length
+        self.device = weight.device
+        self.dtype = dtype or weight.dtype
+        self._has_autocast = self.dtype != weight.dtype
+        self._cache = KVCache(model.config, max_batch_size, max_length, device=self.device, dtype=self.dtype)
+        self._waiting: deque[_Request] = deque()
+        self._requests: dict[int, _Request] = {}
+        self._next_id = 0
+        self._undelivered: list[Event] = []
+        # Row i of the cache belongs to _rows[i]; its next input is _tokens[i] at _positions[i] (-1: the row is free).
+        self._rows: list[_Request | None] = [None] * max_batch_size
+        self._tokens = np.zeros(max_batch_size, dtype=np.int64)
+        self._positions = np.full(max_batch_size, -1, dtype=np.int64)
+        self._keys = np.zeros(max_batch_size, dtype=np.uint64)
+        self._counters = np.zeros(max_batch_size, dtype=np.uint64)
+        self._seen: Tensor | None = None
+        self._row_params: RowParams | None = None
+
+    @property
+    def num_running(self) -> int:
+        """Number of requests that hold a cache row."""
+        return len(self._requests) - len(self._waiting)
+
+    @property
+    def num_waiting(self) -> int:
+        """Number of requests that wait for a cache row."""
+        return len(self._waiting)
+
+    def submit(self, prompt_ids: Sequence[int], params: SamplingParams | None = None) -> int:
+        """Queue a prompt and return the id of the request; its events come out of `step`.
+
+        An answer ends with finish reason "length" where the row is full, whatever `max_tokens` says. Raises ConfigError
+        at once for a prompt that is empty, leaves no room for a token, or holds ids outside the vocabulary.
+        """
+        return self._submit(prompt_ids, params or SamplingParams(), has_events=True).id
+
+    def cancel(self, request_id: int) -> bool:
+        """Stop a request, freeing its row now; return False when it is unknown or already finished.
+
+        The next `step` reports the end of it with an event of token -1 and finish reason "cancelled".
+        """
+        request = self._requests.get(request_id)
+        if request is None:
+            return False
+        if request.row < 0:
+            self._waiting.remove(request)
+        self._finish(request, "cancelled")
+        if request.has_events:
+            self._undelivered.append(Event(request_id, -1, None, "cancelled"))
+        return True
+
+    def step(self) -> list[Event]:
+        """Advance every running request by one token, starting waiting ones; return what happened, in order.
+
+        An empty list means that nothing is left to do.
+        """
+        with self._deciding():
+            self._advance()
+        events, self._undelivered = self._undelivered, []
+        return events
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Completion]:
+        """Return the answer to each prompt, in order; equal prompts (a group of samples) are run through once.
+
+        One `params` serves all prompts: with a seed, equal prompts then get equal answers, so give a group one each.
+        Nothing runs when a prompt is refused (see `submit`). Other requests advance too; `step` reports them later.
+        """
+        if params is None or isinstance(params, SamplingParams):
+            each = [params or SamplingParams()] * len(prompts)
+        else:
+            each = list(params)
+        if len(each) != len(prompts):
+            raise ConfigError(f"generate: {len(prompts)} prompts but {len(each)} sampling parameters")
+        for index, prompt in enumerate(prompts):
+            self._check(prompt, f"generate: prompt {index}")
+        # Of one length together: little padding, and equal prompts side by side.
+        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i])))
+        by_index = {i: self._submit(prompts[i], each[i], has_events=False) for i in order}
+        try:
+            with self._deciding():
+                while any(request.finish_reason is None for request in by_index.values()):
+                    self._advance()
+        finally:
+            for request in by_index.values():
+                self.cancel(request.id)
+        return [
+            Completion(request.ids, request.log_probs, request.finish_reason or "cancelled")
+            for request in (by_index[i] for i in range(len(prompts)))
+        ]
+
+    def stream(self, prompt_ids: Sequence[int], params: SamplingParams | None = None) -> Iterator[Event]:
+        """Yield the events of one prompt as they come; closing the iterator cancels it. Refuses like `submit`, at once.
+
+        Several streams may be read in turn; each step serves all of them.
+        """
+        return self._stream(self.submit(prompt_ids, params))
+
+    def _stream(self, request_id: int) -> Iterator[Event]:
+        try:
+            while True:
+                events = [event for event in self._undelivered if event.request_id == request_id]
+                if events:
+                    self._undelivered = [event for event in self._undelivered if event.request_id != request_id]
+                else:
+                    with self._deciding():
+                        self._advance()
+                for event in events:
+                    yield event
+                    if event.finish_reason:
+                        return
+        finally:
+            if self.cancel(request_id):
+                self._undelivered = [event for event in self._undelivered if event.request_id != request_id]
+
+    @contextmanager
+    def _deciding(self) -> Iterator[None]:
+        # A policy in training mode decides without dropout and is handed back as it was.
+        is_training = self.model.training
+        if is_training:
+            self.model.eval()
+        try:
+            with torch.inference_mode(), autocast(self.device, self.dtype if self._has_autocast else torch.float32):
+                yield
+        finally:
+            if is_training:
+                self.model.train()
+
+    def _check(self, prompt: Sequence[int], where: str) -> None:
+        if not prompt:
+            raise ConfigError(f"{where} is empty: give at least one token (the bos id)")
+        if len(prompt) >= self.max_length:
+            raise ConfigError(
+                f"{where} has {len(prompt)} tokens, but a row of this engine holds {self.max_length} and the answer "
+                "needs at least one: shorten the prompt or raise max_length"
+            )
+        if min(prompt) < 0 or max(prompt) >= self.model.config.vocab_size:
+            wrong = next(i for i in prompt if not 0 <= i < self.model.config.vocab_size)
+            raise ConfigError(f"{where}: id {wrong} is outside the vocabulary of {self.model.config.vocab_size}")
+
+    def _submit(self, prompt: Sequence[int], params: SamplingParams, *, has_events: bool) -> _Request:
+        self._check(prompt, "submit: prompt")
+        seed = params.seed
+        if seed is None:
+            seed = int(torch.randint(1 << 62, ())) if params.temperature else 0
+        request = _Request(
+            id=self._next_id,
+            prompt=tuple(prompt),
+            params=params,
+            limit=min(params.max_tokens, self.max_length - len(prompt)),
+            key=key_of(seed),
+            stop=frozenset(params.stop_ids),
+            has_events=has_events,
+        )
+        self._next_id += 1
+        self._requests[request.id] = request
+        self._waiting.append(request)
+        return request
+
+    def _advance(self) -> None:
+        self._admit()
+        self._decode()
+
+    def _admit(self) -> None:
+        free = self.max_batch_size - self.num_running
+        # With many rows, wait for a few to be free: a forward pass for one prompt costs nearly as much as for eight.
+        if not self._waiting or free < min(len(self._waiting), max(1, self.max_batch_size // 8)):
+            return
+        rows = [row for row, request in enumerate(self._rows) if request is None]
+        groups: dict[tuple[int, ...], list[_Request]] = {}
+        for row in rows[: len(self._waiting)]:
+            request = self._waiting.popleft()
+            request.row = row
+            self._rows[row] = request
+            self._keys[row] = request.key
+            self._counters[row] = 0
+            groups.setdefault(request.prompt, []).append(request)
+        self._row_params = None
+        try:
+            for batch in self._prefill_batches(sorted(groups.values(), key=lambda group: len(group[0].prompt))):
+                self._prefill(batch)
+        except BaseException:  # out of memory, Ctrl-C: a row without its prompt must not be decoded
+            for request in [request for group in groups.values() for request in group]:
+                self.cancel(request.id)
+            raise
+
+    def _prefill_batches(self, groups: list[list[_Request]]) -> Iterator[list[list[_Request]]]:
+        # Groups come by length; a batch closes where padding would pass an eighth of it (64 slots are always allowed).
+        batch: list[list[_Request]] = []
+        real = 0
+        for group in groups:
+            length = len(group[0].prompt)
+            slots = (len(batch) + 1) * length
+            if batch and (slots > _PREFILL_TOKENS or slots - real - length > 64 + slots // 8):
+                yield batch
+                batch, real = [], 0
+            batch.append(group)
+            real += length
+        yield batch
+
+    def _prefill(self, groups: list[list[_Request]]) -> None:
+        """Run the prompt of each group once, copy its cache row to the others, and choose everyone's first token."""
+        leaders = [group[0] for group in groups]
+        lengths = np.array([len(leader.prompt) for leader in leaders])
+        width = int(lengths.max())
+        ids = np.zeros((len(leaders), width), dtype=np.int64)
+        for i, leader in enumerate(leaders):
+            ids[i, : lengths[i]] = leader.prompt
+        positions = np.where(np.arange(width) < lengths[:, None], np.arange(width), -1)
+        rows = self._to_device(np.array([leader.row for leader in leaders]))
+        last: Tensor | None = None  # (B, D), the hidden state of each prompt's last token
+        for start in range(0, width, _PREFILL_CHUNK):
+            end = min(start + _PREFILL_CHUNK, width)
+            here = np.nonzero((lengths > start) & (lengths <= end))[0]
+            self._cache.extent = end
+            output = self.model(
+                self._to_device(ids[:, start:end]),
+                positions=self._to_device(positions[:, start:end]),
+                cache=self._cache,
+                cache_rows=rows,
+            )
+            if last is None:
+                last = output.hidden.new_zeros(len(leaders), output.hidden.shape[-1])
+            if here.size:
+                index = self._to_device(here)
+                last[index] = output.hidden[index, self._to_device(lengths[here] - 1 - start)]
+            head = output.head
+        logits = last @ head.to(last.dtype).T
+        requests = [request for group in groups for request in group]
+        if len(requests) > len(leaders):
+            self._copy_rows(
+                [group[0].row for group in groups for _ in group[1:]],
+                [request.row for group in groups for request in group[1:]],
+                width,
+            )
+            logits = logits[self._to_device(np.repeat(np.arange(len(groups)), [len(group) for group in groups]))]
+        owned = np.array([request.row for request in requests])
+        row_params = RowParams.of([request.params for request in requests], self.device)
+        if any(request.params.repetition_penalty != 1 for request in requests):
+            if self._seen is None:
+                shape = self.max_batch_size, self.model.config.vocab_size
+                self._seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
+            for request in requests:
+                self._seen[request.row] = False
+                self._seen[request.row, list(request.prompt)] = True
+        self._positions[owned] = [len(request.prompt) - 1 for request in requests]
+        self._choose(requests, owned, logits, row_params)
+
+    def _decode(self) -> None:
+        if not self._waiting:
+            self._compact()
+        width = self.max_batch_size
+        while width and self._rows[width - 1] is None:
+            width -= 1
+        if not width:
+            return
+        self._cache.extent = int(self._positions[:width].max()) + 1
+        output = self.model(
+            self._to_device(self._tokens[:width, None]),
+            positions=self._to_device(self._positions[:width, None]),
+            cache=self._cache,
+            cache_rows=None if width == self.max_batch_size else self._to_device(np.arange(width)),
+        )
+        logits = output.logits[:, 0]  # (B, V)
+        requests = self._rows[:width]
+        if self._row_params is None:
+            default = next(request.params for request in requests if request)
+            self._row_params = RowParams.of(
+                [request.params if request else default for request in requests], self.device
+            )
+        self._choose(requests, np.arange(width), logits, self._row_params)
+
+    def _choose(
+        self, requests: Sequence[_Request | None], rows: NDArray[np.int64], logits: Tensor, params: RowParams
+    ) -> None:
+        """Sample one token for each row (`logits[i]` belongs to `requests[i]` in cache row `rows[i]`) and book it."""
+        uniforms = None if params.is_greedy is True else uniforms_of(self._keys[rows], self._counters[rows])
+        seen = None
+        if params.repetition_penalty is not None and self._seen is not None:
+            seen = self._seen[self._to_device(rows)]
+        token_tensor, log_prob_tensor = sample(logits, params, uniforms, seen)
+        if self._seen is not None:
+            self._seen[self._to_device(rows), token_tensor] = True
+        token_ids: list[int] = token_tensor.tolist()
+        log_probs: list[float] | None = log_prob_tensor.tolist() if log_prob_tensor is not None else None
+        self._tokens[rows] = token_ids
+        self._positions[rows] += self._positions[rows] >= 0
+        self._counters[rows] += np.uint64(1)
+        for i, request in enumerate(requests):
+            if request is None:
+                continue
+            token_id = token_ids[i]
+            request.ids.append(token_id)
+            log_prob = None
+            if log_probs is not None and request.params.logprobs:
+                log_prob = log_probs[i]
+                request.log_probs.append(log_prob)
+            reason: FinishReason | None = None
+            if token_id in request.stop:
+                reason = "stop"
+            elif len(request.ids) == request.limit:
+                reason = "length"
+            if reason:
+                self._finish(request, reason)
+            if request.has_events:
+                self._undelivered.append(Event(request.id, token_id, log_prob, reason))
+
+    def _finish(self, request: _Request, reason: FinishReason) -> None:
+        request.finish_reason = reason
+        del self._requests[request.id]
+        if request.row >= 0:
+            self._rows[request.row] = None
+            self._positions[request.row] = -1
+            self._row_params = None
+
+    def _compact(self) -> None:
+        """Move the last rows into the holes once an eighth of the rows are holes, so that stragglers run alone."""
+        running = [row for row, request in enumerate(self._rows) if request is not None]
+        if not running:
+            return
+        width, num_running = running[-1] + 1, len(running)
+        holes = [row for row in range(num_running) if self._rows[row] is None]
+        if (width - num_running) * 8 < width:
+            return
+        sources = running[num_running - len(holes) :]
+        self._copy_rows(sources, holes, int(self._positions.max()))
+        for state in (self._tokens, self._positions, self._keys, self._counters):
+            state[holes] = state[sources]
+        if self._seen is not None:
+            self._seen[holes] = self._seen[sources]
+        for source, hole in zip(sources, holes, strict=True):
+            request = self._rows[source]
+            assert request is not None
+            request.row = hole
+            self._rows[hole], self._rows[source] = request, None
+            self._positions[source] = -1
+        self._row_params = None
+
+    def _copy_rows(self, sources: list[int], targets: list[int], length: int) -> None:
+        for slots in (self._cache.keys, self._cache.values):  # (L, B, K, slots, Dh)
+            slots[:, targets, :, :length] = slots[:, sources, :, :length]
+
+    def _to_device(self, array: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
