@@ -1,0 +1,73 @@
+"""Grouped-query causal attention (arXiv 2305.13245) with rotary positions and optional QK-norm.
+
+`attend(q, k, v, layout)` is the seam where speed lives; `reference_attention` is the definition it must agree with.
+Who sees whom is the layout's knowledge.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from minimind.model.config import ModelConfig
+from minimind.model.layout import Layout
+from minimind.model.norm import RMSNorm
+from minimind.model.rope import rotate
+
+
+def attend(
+    q: Float[Tensor, "B T H Dh"],
+    k: Float[Tensor, "B S K Dh"],
+    v: Float[Tensor, "B S K Dh"],
+    layout: Layout,
+    *,
+    dropout: float = 0.0,
+) -> Float[Tensor, "B T H Dh"]:
+    """Return softmax(q k^T / sqrt(Dh)) v under the layout, by the fastest path that computes exactly that."""
+    output = F.scaled_dot_product_attention(
+        q.transpose(1, 2),  # (B, H, T, Dh)
+        k.transpose(1, 2),  # (B, K, S, Dh)
+        v.transpose(1, 2),
+        attn_mask=layout.mask,
+        is_causal=layout.is_causal,
+        dropout_p=dropout,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return output.transpose(1, 2)  # (B, T, H, Dh)
+
+
+class Attention(nn.Module):
+    """The attention of one layer; `layer` is its index in the cache."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.size_per_head
+        self.dropout = config.dropout
+        width, kv_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        cos: Float[Tensor, "rows T 1 half"],
+        sin: Float[Tensor, "rows T 1 half"],
+        layout: Layout,
+    ) -> Float[Tensor, "B T D"]:
+        """Return the attention's contribution to the residual; writes the cache first where the layout has one."""
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q, k, v = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)  # (B, T, *, Dh)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if layout.access is not None:
+            cached_k, cached_v = layout.access.exchange(self.layer, k, v)
+            if not layout.is_causal:  # the first tokens of an empty cache see only themselves
+                k, v = cached_k, cached_v
+        output = attend(q, k, v, layout, dropout=self.dropout if self.training else 0.0)
+        return self.o_proj(output.flatten(2))  # (B, T, D)

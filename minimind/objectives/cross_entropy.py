@@ -1,0 +1,100 @@
+"""Cross-entropy of the next token, weighted: sum of -w log p(label). The loop divides by the global weight.
+
+Linear head and cross-entropy are one function computed in chunks of tokens, gradient included, so (B, T, V) logits
+never exist. `reference_cross_entropy` is the definition it must agree with. It knows neither stages nor devices.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from minimind.batch import Batch, Output
+
+CHUNK = 1024
+"""Tokens whose logits exist at one time."""
+
+
+def cross_entropy(output: Output, batch: Batch) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    """Return (sum of -w log p(label), {"correct": sum of w where the label is the likeliest, "loss_weight": sum w}).
+
+    Positions of weight 0 cost nothing and change nothing. Softmax in float32; the two products in the dtype of
+    autocast. Both metrics are detached sums over the micro-batch.
+    """
+    weights = batch.loss_weights.flatten().float()  # (N,)
+    labels = batch.labels.flatten()
+    hidden = output.hidden.flatten(0, 1)  # (N, D)
+    if not hidden.is_cuda:  # on a GPU, counting the learned rows would make the host wait
+        learned = weights.nonzero()[:, 0]
+        if learned.numel() < weights.numel():
+            hidden, labels, weights = hidden[learned], labels[learned], weights[learned]
+    loss_sum, correct = fused_linear_cross_entropy(hidden, output.head, labels, weights)
+    return loss_sum, {"correct": correct, "loss_weight": weights.sum()}
+
+
+def fused_linear_cross_entropy(
+    hidden: Float[Tensor, "N D"], head: Float[Tensor, "V D"], labels: Int[Tensor, " N"], weights: Float[Tensor, " N"]
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Return (sum of w * -log softmax(head h)[label], sum of w where the label is the argmax), both float32."""
+    loss_sum, correct = _Fused.apply(hidden, head, labels, weights)
+    return loss_sum, correct
+
+
+def reference_cross_entropy(
+    hidden: Float[Tensor, "N D"], head: Float[Tensor, "V D"], labels: Int[Tensor, " N"], weights: Float[Tensor, " N"]
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Return what `fused_linear_cross_entropy` returns, with all logits at once and autograd's gradient."""
+    logits = F.linear(hidden, head).float()  # (N, V)
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    return (losses * weights).sum(), (weights * (logits.argmax(-1) == labels)).sum()
+
+
+class _Fused(torch.autograd.Function):
+    """The gradient is linear in the upstream scalar, so it is computed with the loss and only scaled in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        needs_hidden, needs_head = ctx.needs_input_grad[:2]
+        narrow_head = head.to(dtype)
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_head = torch.zeros_like(head, dtype=torch.float32) if needs_head else None
+        loss_sum = hidden.new_zeros((), dtype=torch.float32)
+        correct = hidden.new_zeros((), dtype=torch.float32)
+        for start in range(0, hidden.shape[0], CHUNK):
+            part = slice(start, start + CHUNK)
+            x = hidden[part].to(dtype)
+            target, weight = labels[part, None], weights[part, None]  # (n, 1)
+            logits = (x @ narrow_head.T).float()  # (n, V)
+            best, argmax = logits.max(dim=-1, keepdim=True)
+            correct += (weight * (argmax == target)).sum()
+            at_label = logits.gather(1, target)
+            exponentials = logits.sub_(best).exp_()
+            normaliser = exponentials.sum(-1, keepdim=True)
+            loss_sum += (weight * (normaliser.log() + best - at_label)).sum()
+            if not (needs_hidden or needs_head):
+                continue
+            # d loss / d logits = w (softmax - onehot)
+            grad = exponentials.mul_(weight / normaliser).scatter_add_(1, target, -weight)
+            grad = grad.to(dtype)
+            if grad_hidden is not None:
+                grad_hidden[part] = grad @ narrow_head
+            if grad_head is not None:
+                grad_head += grad.T @ x
+        ctx.save_for_backward(grad_hidden, grad_head)
+        ctx.head_dtype = head.dtype
+        ctx.mark_non_differentiable(correct)
+        return loss_sum, correct
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        upstream = grads[0]
+        grad_hidden, grad_head = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * upstream.to(grad_hidden.dtype)
+        if grad_head is not None:
+            grad_head = (grad_head * upstream).to(ctx.head_dtype)
+        return grad_hidden, grad_head, None, None
