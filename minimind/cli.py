@@ -84,7 +84,7 @@ def help_text() -> str:
         lines.append(f"{group}:")
         lines.extend(f"  {name:<{width}}{command.summary}" for name, command in commands.items())
         lines.append("")
-    lines.append("minimind COMMAND --help shows a command's options, minimind --version the version.")
+    lines.append("minimind COMMAND --help shows the options of a command.")
     lines.append("New here? Type minimind demo, wait a few minutes, and chat with what it made.")
     return "\n".join(lines)
 

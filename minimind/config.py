@@ -200,12 +200,12 @@ class _Builder:
         return replace(found, preset=name) if "preset" in {f.name for f in fields(found)} else found
 
     def _unknown(self, key: str, prefix: str, siblings: Sequence[str]) -> str:
-        everywhere = _dotted_keys(self.root, "")
-        leaf = key.rpartition(".")[2]
-        same_leaf = [candidate for candidate in everywhere if candidate.rpartition(".")[2] == leaf.replace("-", "_")]
-        near = same_leaf or difflib.get_close_matches(key, everywhere, n=1, cutoff=0.6)
+        leaf = key.removeprefix(prefix)
+        places = {dotted.rpartition(".")[2]: dotted for dotted in reversed(_dotted_keys(self.root, ""))}
+        places.update({name: f"{prefix}{name}" for name in siblings})
+        near = difflib.get_close_matches(leaf, siblings, n=1) or difflib.get_close_matches(leaf, places, n=1)
         table = f"[{prefix[:-1]}]" if prefix else "the top level"
-        hint = f"did you mean {near[0]}?" if near else f"the keys of {table} are {', '.join(siblings)}"
+        hint = f"did you mean {places[near[0]]}?" if near else f"the keys of {table} are {', '.join(siblings)}"
         return f"{self.where}: unknown key {key}; {hint}"
 
 
@@ -331,11 +331,10 @@ def _report(problems: Sequence[str]) -> str:
 
 def _dotted_keys(cls: type, prefix: str) -> list[str]:
     keys: list[str] = []
-    hints = typing.get_type_hints(cls)
-    for spec in _init_fields(cls):
-        hint = hints[spec.name]
-        name = f"{prefix}{spec.name}"
-        keys.extend(_dotted_keys(hint, f"{name}.") if isinstance(hint, type) and is_dataclass(hint) else [name])
+    for name, hint in typing.get_type_hints(cls).items():
+        keys.append(f"{prefix}{name}")
+        if isinstance(hint, type) and is_dataclass(hint):
+            keys.extend(_dotted_keys(hint, f"{prefix}{name}."))
     return keys
 
 
