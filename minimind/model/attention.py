@@ -4,7 +4,6 @@
 Who sees whom is the layout's knowledge.
 """
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn

@@ -142,14 +142,10 @@ class ModelConfig:
         if self.use_moe:
             at_least_one += ["n_routed_experts", "num_experts_per_tok"]
             not_negative += ["n_shared_experts"]
-        for names, bound, is_bad in (
-            (at_least_one, "at least 1", lambda value: value < 1),
-            (not_negative, "0 or more", lambda value: value < 0),
-            (positive, "greater than 0", lambda value: value <= 0),
-        ):
-            for name in names:
-                if is_bad(getattr(self, name)):
-                    found.append(f"{name} is {getattr(self, name)}; it must be {bound}")
+        bad = {name: "at least 1" for name in at_least_one if getattr(self, name) < 1}
+        bad |= {name: "0 or more" for name in not_negative if getattr(self, name) < 0}
+        bad |= {name: "greater than 0" for name in positive if getattr(self, name) <= 0}
+        found += [f"{name} is {getattr(self, name)}; it must be {bound}" for name, bound in bad.items()]
         if found:  # the rest divides by these values
             return found
         found += self._shape_problems() + self._rope_problems()

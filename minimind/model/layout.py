@@ -1,7 +1,7 @@
 """`Layout`: who may see whom in one forward, worked out once and used by every layer.
 
-Three cases: rows that are one causal sequence, rows of packed documents (padding is a document of its own), and a cache.
-It knows token indices only, neither heads nor values.
+Three cases: rows that are one causal sequence, rows of packed documents (padding is a document of its own), and a
+cache. It knows token indices only, neither heads nor values.
 """
 
 from dataclasses import dataclass

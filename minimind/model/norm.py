@@ -1,4 +1,4 @@
-"""RMSNorm (arXiv 1910.07467): x / sqrt(mean(x^2) + eps) * weight. Computed in float32, returned in the input's dtype."""
+"""RMSNorm (arXiv 1910.07467): x / sqrt(mean(x^2) + eps) * weight. Float32 inside, the input's dtype outside."""
 
 import torch
 from jaxtyping import Float
