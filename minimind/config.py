@@ -315,7 +315,7 @@ def _own_problems(config: object, prefix: str, where: str = "") -> list[str]:
     for problem in problems:
         starts_with_field = any(re.match(rf"{re.escape(name)}\b", problem) for name in names)
         place = prefix if starts_with_field else f"{prefix[:-1]}: " if prefix else ""
-        found.append(f"{source}{place}{problem}")
+        found.append(f"{source}{problem if problem.startswith(prefix) else place + problem}")
     for name in names:
         value = getattr(config, name)
         if is_dataclass(value) and not isinstance(value, type):

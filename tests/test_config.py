@@ -190,6 +190,24 @@ def test_check_walks_into_nested_dataclasses() -> None:
     check(Stage())
 
 
+def test_a_problem_that_names_its_full_place_keeps_it() -> None:
+    @dataclass(frozen=True)
+    class Inner:
+        size: int = 0
+
+        def problems(self) -> list[str]:
+            return ["inner.size is 0, expected 1", "size = 0: too small", "nothing fits"]
+
+    @dataclass(frozen=True)
+    class Outer:
+        inner: Inner = field(default_factory=Inner)
+
+    with pytest.raises(ConfigError) as caught:
+        check(Outer())
+    expected = ["inner.size is 0, expected 1", "inner.size = 0: too small", "inner: nothing fits"]
+    assert [line.removeprefix("  - ") for line in str(caught.value).splitlines()[1:]] == expected
+
+
 def test_required_fields(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="here: out: missing, and it has no default"):
         from_dict(Needs, {}, where="here")

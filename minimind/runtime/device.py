@@ -19,7 +19,10 @@ DTYPES = {
 """The names `--dtype` takes besides `auto`."""
 
 LARGE_ON_CPU = 500_000
-"""From how many parameters `auto` takes bfloat16 on a processor that multiplies it natively; below, casts cost more."""
+"""From how many parameters `auto` takes bfloat16 on a processor that multiplies it natively; below, casts cost more.
+
+Measured on one Zen 4 core, forward and backward of 4 x 256 tokens: 1M parameters 1.6 times as fast as float32, 26M 2.8.
+"""
 
 
 def pick_device(name: str = "auto") -> torch.device:
