@@ -1,0 +1,240 @@
+"""AdamW and Muon behind one small face: groups chosen by name and shape, state as tensors by parameter name.
+
+Muon (https://kellerjordan.github.io/posts/muon/): for a matrix W with gradient G,
+
+    B <- mu B + (1 - mu) G;  U = mu B + (1 - mu) G;  W <- (1 - eta lambda) W - eta sqrt(max(1, rows / columns)) NS(U)
+
+where NS(U) replaces the singular values of U by values near 1 through five Newton-Schulz iterations,
+X <- a X + b (X X^T) X + c (X X^T)^2 X. Matrices of one shape are stacked and iterated together. Embeddings, head,
+routers, norms and other vectors go to AdamW. The module knows no schedule and no loop; rates arrive with each step.
+"""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from minimind.errors import CheckpointError
+from minimind.runtime.device import has_native_bfloat16
+from minimind.training.config import OptimConfig
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""a, b, c of the quintic, chosen by Keller Jordan for the steepest slope at zero."""
+NEWTON_SCHULZ_STEPS = 5
+NOT_FOR_MUON = ("embed", "lm_head", "router", "mlp.gate.", "value_head", "score")
+"""Parts of names whose matrices AdamW takes: their rows are looked up, compared or read out one by one."""
+
+
+class Part(Protocol):
+    """One optimizer over some named parameters."""
+
+    def step(self, factor: float) -> None:
+        """Update with `factor` times the highest rate."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return every tensor a resumed run needs, by kind and parameter name."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over what `state_dict` returned."""
+        ...
+
+
+class Optimizer:
+    """The parts that together update every trainable parameter of a model."""
+
+    def __init__(self, model: nn.Module, config: OptimConfig) -> None:
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.config = config
+        on_muon = {
+            name: p
+            for name, p in self.parameters.items()
+            if config.name == "muon" and p.ndim >= 2 and not any(part in name for part in NOT_FOR_MUON)
+        }
+        rest = {name: p for name, p in self.parameters.items() if name not in on_muon}
+        self.parts: list[Part] = [AdamW(rest, config)] if rest else []
+        if on_muon:
+            self.parts.append(Muon(on_muon, config))
+
+    def step(self, factor: float) -> None:
+        """Update every parameter from its `.grad` with `factor` times the highest rates."""
+        for part in self.parts:
+            part.step(factor)
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for p in self.parameters.values():
+            p.grad = None
+
+    def gradients(self) -> list[Tensor]:
+        """Return the gradients that exist, in the order of the parameters."""
+        return [p.grad for p in self.parameters.values() if p.grad is not None]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the state of all parts, `kind/parameter name` -> tensor."""
+        return {name: tensor for part in self.parts for name, tensor in part.state_dict().items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over what `state_dict` returned, bit for bit. Raises CheckpointError when it is another optimizer's."""
+        own = self.state_dict()
+        if own.keys() != state.keys() or any(own[name].shape != state[name].shape for name in own):
+            odd = sorted(own.keys() ^ state.keys()) or [n for n in sorted(own) if own[n].shape != state[n].shape]
+            raise CheckpointError(
+                f"the checkpoint's optimizer state is not that of {self.config.name}: it differs in {len(odd)} tensors, "
+                f"the first is {odd[0]}; train with the optimizer it was made with, or start again with --fresh"
+            )
+        for part in self.parts:
+            part.load_state_dict(state)
+
+
+class AdamW:
+    """torch.optim.AdamW (arXiv 1711.05101), fused where the device has it; only matrices that are no embeddings decay."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], config: OptimConfig) -> None:
+        decayed = {name for name, p in parameters.items() if p.ndim >= 2 and "embed" not in name}
+        names = sorted(decayed), sorted(parameters.keys() - decayed)
+        self.parameters, self.lr = parameters, config.lr
+        self.inner = torch.optim.AdamW(
+            [
+                {"params": [parameters[name] for name in group], "weight_decay": decay}
+                for group, decay in zip(names, (config.weight_decay, 0.0), strict=True)
+                if group
+            ],
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            fused=all(p.device.type in {"cpu", "cuda", "mps"} for p in parameters.values()),
+        )
+        for p in parameters.values():  # made now, so that the state has one shape before and after the first step
+            self.inner.state[p] = {
+                "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format),
+            }
+
+    def step(self, factor: float) -> None:
+        """Update with `factor` times the highest rate."""
+        for group in self.inner.param_groups:
+            group["lr"] = self.lr * factor
+        self.inner.step()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return `adamw.exp_avg/NAME`, `adamw.exp_avg_sq/NAME` and `adamw.step/NAME`."""
+        return {
+            f"adamw.{kind}/{name}": tensor
+            for name, p in self.parameters.items()
+            for kind, tensor in self.inner.state[p].items()
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Copy the saved tensors into place."""
+        for name, own in self.state_dict().items():
+            own.copy_(state[name])
+
+
+class Muon:
+    """Muon over matrices (2-D parameters) and stacks of matrices (3-D: the experts of a layer)."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], config: OptimConfig) -> None:
+        self.lr, self.momentum, self.weight_decay = config.muon_lr, config.momentum, config.weight_decay
+        self.by_shape: dict[tuple[int, int], dict[str, nn.Parameter]] = {}
+        for name, p in parameters.items():
+            self.by_shape.setdefault((p.shape[-2], p.shape[-1]), {})[name] = p
+        self.buffers: dict[tuple[int, int], Tensor] = {
+            shape: torch.zeros(sum(p.numel() for p in group.values()) // (shape[0] * shape[1]), *shape, device=device)
+            for shape, group in self.by_shape.items()
+            for device in {p.device for p in group.values()}
+        }
+        first = next(iter(parameters.values()))
+        fast = first.device.type == "cuda" or (first.device.type == "cpu" and has_native_bfloat16())
+        self.dtype = torch.bfloat16 if fast else torch.float32
+
+    @torch.no_grad()
+    def step(self, factor: float) -> None:
+        """Update with `factor` times the highest rate."""
+        for shape, group in self.by_shape.items():
+            buffer, matrices = self.buffers[shape], [p.view(-1, *shape) for p in group.values()]
+            gradients = torch.cat([_gradient(p).view(-1, *shape) for p in group.values()])
+            buffer.lerp_(gradients, 1 - self.momentum)
+            update = orthogonalize(gradients.lerp_(buffer, self.momentum), self.dtype)
+            lr = self.lr * factor
+            if self.weight_decay:
+                torch._foreach_mul_(matrices, 1 - lr * self.weight_decay)
+            scale = max(1.0, shape[0] / shape[1]) ** 0.5
+            parts = update.float().split([len(m) for m in matrices])
+            torch._foreach_add_(matrices, parts, alpha=-lr * scale)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return `muon.momentum/NAME`, views of the stacked buffers in the shapes of the parameters."""
+        state: dict[str, Tensor] = {}
+        for shape, group in self.by_shape.items():
+            counts = [p.numel() // (shape[0] * shape[1]) for p in group.values()]
+            for (name, p), part in zip(group.items(), self.buffers[shape].split(counts), strict=True):
+                state[f"muon.momentum/{name}"] = part.view(p.shape)
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Copy the saved tensors into place."""
+        for name, own in self.state_dict().items():
+            own.copy_(state[name])
+
+
+def orthogonalize(matrices: Tensor, dtype: torch.dtype, *, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
+    """Return a stack (n, rows, columns) with the same singular vectors and all singular values near 1 (0.7 to 1.2).
+
+    Iterated in `dtype`, in which it is returned; bfloat16 is enough, since the values are only approximately 1 anyway.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = matrices.to(dtype)
+    is_tall = x.shape[1] > x.shape[2]
+    if is_tall:
+        x = x.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT  # (n, rows, rows), the smaller side
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.mT if is_tall else x
+
+
+class LossScaler:
+    """Dynamic scaling of the loss for float16, whose gradients would underflow (arXiv 1710.03740); 1.0 and inert otherwise."""
+
+    GROWTH_STEPS = 2000
+    SMALLEST = 2.0**-14
+
+    def __init__(self, *, enabled: bool) -> None:
+        self.is_enabled = enabled
+        self.scale = 2.0**16 if enabled else 1.0
+        self.good_steps = 0
+
+    def update(self, *, is_finite: bool) -> bool:
+        """Adapt the scale to a step's gradients. Returns False when there is nothing left to halve: it has diverged."""
+        if not self.is_enabled:
+            return is_finite
+        self.good_steps = self.good_steps + 1 if is_finite else 0
+        if not is_finite:
+            self.scale /= 2
+        elif self.good_steps % self.GROWTH_STEPS == 0:
+            self.scale *= 2
+        return self.scale >= self.SMALLEST
+
+    def state_dict(self) -> dict[str, float]:
+        """Return JSON-able state."""
+        return {"scale": self.scale, "good_steps": self.good_steps}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Take over what `state_dict` returned."""
+        if self.is_enabled:
+            self.scale, self.good_steps = float(state["scale"]), int(state["good_steps"])
+
+
+def global_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """Return the 2-norm over all gradients as if they were one vector."""
+    return nn.utils.get_total_norm(list(gradients))
+
+
+def _gradient(p: nn.Parameter) -> Tensor:
+    return p.grad if p.grad is not None else torch.zeros_like(p)
