@@ -108,7 +108,7 @@ class Tokenizer:
         return cls(text, chat_template=template, config=config, where=str(file))
 
     def save(self, path: str | Path, *, model_max_length: int | None = None) -> None:
-        """Write `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`; AutoTokenizer loads them as they are.
+        """Write `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`, a directory for AutoTokenizer.
 
         `tokenizer.json` is written back byte for byte, so `sha256` survives every copy. `model_max_length` in tokens.
         """
@@ -206,7 +206,7 @@ class Tokenizer:
             ) from None
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
-        """Return the text of `ids`; bytes that are not UTF-8 become U+FFFD. Negative ids (padding) stand for nothing."""
+        """Return the text of `ids`; bytes that are not UTF-8 become U+FFFD. A negative id stands for nothing."""
         return self.decode_bytes(list(ids), skip_special=skip_special).decode("utf-8", "replace")
 
     def stream_decoder(self, *, skip_special: bool = False) -> "StreamDecoder":
@@ -253,7 +253,7 @@ class StreamDecoder:
 
 
 def byte_alphabet() -> dict[str, int]:
-    """Return the 256 characters in which byte-level BPE writes bytes (printable Latin-1 as itself), with their bytes."""
+    """Return the 256 characters in which byte-level BPE writes bytes (printable Latin-1 as itself), and the bytes."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [value for value in range(256) if value not in set(printable)]
     return {chr(v): v for v in printable} | {chr(256 + n): v for n, v in enumerate(others)}
@@ -279,9 +279,7 @@ def _require_byte_level(content: dict[str, Any], where: str) -> None:
     decoder = (content.get("decoder") or {}).get("type")
     kind = (content.get("model") or {}).get("type")
     if kind != "BPE" or decoder != "ByteLevel":
-        raise CheckpointError(
-            f"{where}: model {kind} with decoder {decoder}; only byte-level BPE is supported (model BPE, decoder ByteLevel)."
-        )
+        raise CheckpointError(f"{where}: model {kind} with decoder {decoder}; only byte-level BPE is supported.")
 
 
 def _read(file: Path, *, required: bool) -> str | None:
@@ -292,7 +290,7 @@ def _read(file: Path, *, required: bool) -> str | None:
     except FileNotFoundError:
         if required:
             raise CheckpointError(
-                f"{file}: not found. Name a folder with a {TOKENIZER_FILE}, or make one with `minimind train-tokenizer`."
+                f"{file}: not found. Name a folder with a {TOKENIZER_FILE}; `minimind train-tokenizer` makes one."
             ) from None
         return None
     except (OSError, UnicodeDecodeError) as error:
@@ -304,8 +302,8 @@ def _not_text(text: object) -> DataError:
         return DataError(f"expected text, got {type(text).__name__}: {text!r:.60}")
     place = next((i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff"), 0)
     return DataError(
-        f"text has half a surrogate pair (U+{ord(text[place]):04X}) at character {place}: {text[max(0, place - 20) : place]!r}. "
-        "It is not Unicode; mend the source (`encode_bytes` takes any bytes)."
+        f"text has half a surrogate pair (U+{ord(text[place]):04X}) at character {place}, after "
+        f"{text[max(0, place - 20) : place]!r}. That is not Unicode; mend the source (`encode_bytes` takes any bytes)."
     )
 
 

@@ -13,11 +13,10 @@ The mask is made while rendering: the template's `{% generation %}` marks the as
 included. For a template without such marks (those of upstream MiniMind) a turn is what rendering the messages up to and
 including it adds to the prompt for it; ids are never searched.
 
-The text is cut where each assistant's turn begins and encoded piece by piece, so the ids of a prompt are always a prefix
-of the ids of the conversation that continues it.
+The text is cut where each assistant's turn begins and encoded piece by piece, so the ids of a prompt are always a
+prefix of the ids of the conversation that continues it.
 """
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,8 +56,9 @@ def render(
 ) -> Example:
     """Return ids and loss weights of a conversation: 1 on what the assistant writes, its `<|im_end|>` included, else 0.
 
-    `enable_thinking`: None, the model decides (thoughts are rendered where a message has some); True, every answer starts
-    with a thought (`<think>` and its line break belong to the prompt); False, with an empty one and nothing of thoughts.
+    `enable_thinking`: None, the model decides (thoughts are rendered where a message has some); True, every answer
+    starts with a thought (`<think>` and its line break belong to the prompt); False, with an empty one that belongs to
+    the prompt, and thoughts of the messages are left out.
     DataError names the message at fault, CheckpointError a template that cannot be used.
     """
     return render_batch(tokenizer, [Conversation(messages, tools, add_generation_prompt, enable_thinking)])[0]
@@ -112,7 +112,7 @@ class _Marks:
 _MARKS = [_Marks(*map(chr, range(first, first + 3))) for first in range(0x10F000, 0x10FF00, 3)]
 
 
-class _MarkInText(Exception):
+class _MarkInTextError(Exception):
     """The conversation itself uses a mark character; take other marks."""
 
 
@@ -124,7 +124,7 @@ def _pieces(tokenizer: Tokenizer, conversation: Conversation) -> Iterator[tuple[
         try:
             text = _render_marked(tokenizer, template, conversation, marks)
             break
-        except _MarkInText:
+        except _MarkInTextError:
             continue
     else:
         raise DataError("the conversation uses the whole private area U+10F000..U+10FEFF; leave some of it free.")
@@ -162,7 +162,7 @@ def _render_marked(tokenizer: Tokenizer, template: CompiledTemplate, conversatio
     def escape(value: Any, pattern: re.Pattern[str]) -> Any:
         if isinstance(value, str):
             if not value.isascii() and (marks.escape in value or marks.start in value or marks.end in value):
-                raise _MarkInText
+                raise _MarkInTextError
             return pattern.sub(lambda found: "".join(c + marks.escape for c in found.group()), value)
         if isinstance(value, Mapping):
             return {
@@ -213,10 +213,10 @@ def _mark_by_prefixes(
             if conversation.add_generation_prompt:
                 continue  # a prompt teaches nothing; its ids need no marks in a template that rewrites earlier turns
             raise DataError(
-                f"messages[{index}]: this chat template rewrites earlier turns, so what the assistant wrote cannot be told "
-                "apart. Put {% generation %} ... {% endgeneration %} around it in chat_template.jinja."
+                f"messages[{index}]: this chat template rewrites earlier turns, so what the assistant wrote cannot be "
+                "told apart. Put {% generation %} ... {% endgeneration %} around it in chat_template.jinja."
             )
-        start = max(done, len(os.path.commonprefix([prompt, after])))
+        start = max(done, _shared(prompt, after))
         # Where the answer departs from the prompt inside a control token, the whole token is the assistant's.
         start = next(
             (found.start() for found in splitter.finditer(after) if found.start() < start < found.end()), start
@@ -226,6 +226,12 @@ def _mark_by_prefixes(
         marked += text[done:start] + marks.start + text[start:end] + marks.end
         done = end
     return marked + text[done:]
+
+
+def _shared(one: str, other: str) -> int:
+    """Return the length of the longest common prefix."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _variables(conversation: Conversation) -> dict[str, Any]:

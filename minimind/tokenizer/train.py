@@ -4,6 +4,7 @@ It knows neither files nor rows (a stage hands it texts) nor messages. Sennrich 
 (byte-level).
 """
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -40,15 +41,15 @@ def train(
 ) -> Tokenizer:
     """Return a tokenizer of exactly or (on little text) at most `vocab_size` ids, the same for the same texts.
 
-    Ids: `CONTROL_TOKENS`, then the 256 bytes, then merges, most frequent first. `single_digits`: a number is a sequence of
-    its digits, with the same token for a digit everywhere (sums can be learned); else up to three share one.
+    Ids: `CONTROL_TOKENS`, then the 256 bytes, then merges, most frequent first. `single_digits`: a number is a sequence
+    of its digits, with the same token for a digit everywhere (sums can be learned); else up to three share one.
     `max_token_bytes` bounds a token's length. Texts are streamed; control tokens spelled out in them teach no merges.
     ConfigError for an impossible size, DataError for no text.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise ConfigError(
-            f"vocab_size {vocab_size} is too small: {len(CONTROL_TOKENS)} control tokens and 256 bytes need {MIN_VOCAB_SIZE}. "
-            f"Ask for {MIN_VOCAB_SIZE} or more."
+            f"vocab_size {vocab_size} is too small: {len(CONTROL_TOKENS)} control tokens and 256 bytes need "
+            f"{MIN_VOCAB_SIZE}. Ask for {MIN_VOCAB_SIZE} or more."
         )
     backend = Backend(models.BPE())
     digits = _ONE_DIGIT if single_digits else _THREE_DIGITS
@@ -62,7 +63,7 @@ def train(
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=min_frequency,
-        special_tokens=[AddedToken(name, special=name not in TAGS, normalized=False) for name in CONTROL_TOKENS],
+        special_tokens=[AddedToken(name, normalized=False) for name in CONTROL_TOKENS],
         initial_alphabet=list(byte_alphabet()),
         max_token_length=max_token_bytes,
         show_progress=False,
@@ -71,7 +72,10 @@ def train(
     backend.train_from_iterator(iterate_batches(counter.pieces(texts), 256), trainer)
     if counter.characters == 0:
         raise DataError("train-tokenizer: the texts are empty; there is nothing to learn a vocabulary from.")
-    return Tokenizer(backend.to_str(pretty=True))
+    content = json.loads(backend.to_str())
+    for token in content["added_tokens"]:
+        token["special"] = token["content"] not in TAGS  # the trainer makes all of them special; tags are text, though
+    return Tokenizer(json.dumps(content, ensure_ascii=False, indent=2) + "\n")
 
 
 @dataclass(frozen=True)
