@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from minimind.model.block_attention import block_attention
 from minimind.model.config import ModelConfig
-from minimind.model.layout import Layout
+from minimind.model.layout import Layout, Lengths, varlen_attn
 from minimind.model.norm import RMSNorm
 from minimind.model.rope import rotate
 
@@ -23,6 +24,22 @@ def attend(
     dropout: float = 0.0,
 ) -> Float[Tensor, "B T H Dh"]:
     """Return softmax(q k^T / sqrt(Dh)) v under the layout, by the fastest path that computes exactly that."""
+    if layout.buckets is not None:
+        return block_attention(q, k, v, layout.buckets)
+    if layout.lengths is not None:
+        return _flash(q, k, v, layout.lengths)
+    return reference_attention(q, k, v, layout, dropout=dropout)
+
+
+def reference_attention(
+    q: Float[Tensor, "B T H Dh"],
+    k: Float[Tensor, "B S K Dh"],
+    v: Float[Tensor, "B S K Dh"],
+    layout: Layout,
+    *,
+    dropout: float = 0.0,
+) -> Float[Tensor, "B T H Dh"]:
+    """Return what `attend` returns, for a layout that is causal or says it by a mask: torch's own attention."""
     output = F.scaled_dot_product_attention(
         q.transpose(1, 2),  # (B, H, T, Dh)
         k.transpose(1, 2),  # (B, K, S, Dh)
@@ -33,6 +50,20 @@ def attend(
         enable_gqa=q.shape[2] != k.shape[2],
     )
     return output.transpose(1, 2)  # (B, T, H, Dh)
+
+
+def _flash(
+    q: Float[Tensor, "B T H Dh"], k: Float[Tensor, "B T K Dh"], v: Float[Tensor, "B T K Dh"], lengths: Lengths
+) -> Float[Tensor, "B T H Dh"]:
+    assert varlen_attn is not None
+    flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, k, v))  # (B * T, heads, Dh)
+    group = q.shape[2] // k.shape[2]
+    if group > 1:  # older torch has no grouped queries here
+        flat_k, flat_v = flat_k.repeat_interleave(group, 1), flat_v.repeat_interleave(group, 1)
+    ends, longest = lengths.ends, lengths.longest
+    output = varlen_attn(flat_q, flat_k, flat_v, ends, ends, longest, longest, window_size=(-1, 0))
+    assert isinstance(output, Tensor)
+    return output.view_as(q)
 
 
 class Attention(nn.Module):
@@ -66,7 +97,7 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if layout.access is not None:
             cached_k, cached_v = layout.access.exchange(self.layer, k, v)
-            if not layout.is_causal:  # the first tokens of an empty cache see only themselves
+            if not layout.is_causal:
                 k, v = cached_k, cached_v
         output = attend(q, k, v, layout, dropout=self.dropout if self.training else 0.0)
         return self.o_proj(output.flatten(2))  # (B, T, D)

@@ -172,10 +172,11 @@ class ModelConfig:
             found.append(f"hidden_act is {self.hidden_act!r}; only 'silu' (SwiGLU) is implemented")
         if not 0 <= self.dropout < 1:
             found.append(f"dropout is {self.dropout}; it must be in [0, 1)")
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            if not 0 <= getattr(self, name) < self.vocab_size:
-                found.append(f"{name} is {getattr(self, name)}; it must be a token id, 0 to {self.vocab_size - 1}")
-        return found
+        return found + [
+            f"{name} is {getattr(self, name)}; it must be a token id, 0 to {self.vocab_size - 1}"
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+            if not 0 <= getattr(self, name) < self.vocab_size
+        ]
 
     def _rope_problems(self) -> list[str]:
         if self.rope_scaling == "none":

@@ -5,6 +5,7 @@ cache. It knows token indices only, neither heads nor values.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Int
@@ -12,35 +13,82 @@ from torch import Tensor
 
 from minimind.batch import PAD_DOCUMENT
 from minimind.errors import ConfigError
+from minimind.model.block_attention import Buckets, buckets_of, rows_as_documents
 from minimind.model.cache import CacheAccess, KVCache
+
+try:  # torch's wrapper of flash attention over documents of unequal length
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None
+
+Kernel = Literal["dense", "blocks", "varlen"]
+"""dense: SDPA, under a mask where rows are packed. blocks: `block_attention` (CPU). varlen: flash attention (CUDA)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Causal without mask when `mask` is None, else key s is seen by query t where `mask[b, 0, t, s]`."""
+    """Who sees whom. Exactly one of `is_causal` (plain causal rows), `buckets`, `lengths` and a mask says it; none of
+    them means that every query sees every key (one new token against a cache)."""
 
-    is_causal: bool
-    """Plain causal rows (only with `mask` None)."""
+    is_causal: bool = False
     mask: Bool[Tensor, "rows 1 T S"] | None = None
-    documents: Int[Tensor, "B T"] | None = None
+    """Query t sees key s where `mask[b, 0, t, s]`; no row is empty."""
+    buckets: Buckets | None = None
+    lengths: "Lengths | None" = None
     access: CacheAccess | None = None
+    """Where keys and values are kept between forwards."""
 
 
-def causal() -> Layout:
-    """Return the layout of rows that are one sequence each."""
-    return Layout(is_causal=True)
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Documents as consecutive stretches of the flat batch, for flash attention."""
+
+    ends: Int[Tensor, " documents_and_one"]
+    """0, then where each document ends; int32."""
+    longest: int
 
 
-def packed(documents: Int[Tensor, "B T"]) -> Layout:
+def pick_kernel(device: torch.device, dtype: torch.dtype, length: int, *, is_packed: bool, dropout: float) -> Kernel:
+    """Return the fastest attention without a cache for these tensors (measured on CPU; see `block_attention`)."""
+    if dropout:
+        return "dense"
+    if device.type == "cpu":
+        return "blocks" if is_packed or dtype != torch.float32 or length >= 320 else "dense"
+    is_half = dtype in (torch.bfloat16, torch.float16)
+    if not is_packed or not is_half or device.type != "cuda" or varlen_attn is None:
+        return "dense"
+    # Counting the documents waits for the device once per forward, which a compiled graph cannot.
+    has_flash = torch.cuda.get_device_capability(device) >= (8, 0) and not torch.compiler.is_compiling()
+    return "varlen" if has_flash else "dense"
+
+
+def causal(shape: tuple[int, int], kernel: Kernel) -> Layout:
+    """Return the layout of B rows of T tokens that are one sequence each."""
+    return Layout(buckets=rows_as_documents(*shape)) if kernel == "blocks" else Layout(is_causal=True)
+
+
+def packed(documents: Int[Tensor, "B T"], kernel: Kernel) -> Layout:
     """Return the layout of rows that hold documents one after the other: causal inside each.
 
-    Padding sees the padding before it, so that no row of the mask is empty and everything stays finite.
+    A document is a run of equal numbers. Padding is a document too: it sees only padding, and everything stays finite.
     """
-    length = documents.shape[1]
-    order = torch.arange(length, device=documents.device)
-    before = order[:, None] >= order[None, :]  # (T, T)
-    mask = (documents[:, :, None] == documents[:, None, :]) & before  # (B, T, T)
-    return Layout(is_causal=False, mask=mask[:, None], documents=documents)
+    if kernel == "blocks":
+        return Layout(buckets=buckets_of(documents))
+    if kernel == "varlen":
+        starts = first_tokens(documents).flatten().nonzero()[:, 0]
+        ends = torch.cat((starts, starts.new_tensor([documents.numel()]))).int()
+        return Layout(lengths=Lengths(ends, int(ends.diff().max())))
+    runs = first_tokens(documents).cumsum(1)  # (B, T)
+    order = torch.arange(documents.shape[1], device=documents.device)
+    mask = (runs[:, :, None] == runs[:, None, :]) & (order[:, None] >= order[None, :])  # (B, T, T)
+    return Layout(mask=mask[:, None])
+
+
+def first_tokens(documents: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+    """Return True where a new document (a run of equal numbers) begins."""
+    is_first = torch.ones_like(documents, dtype=torch.bool)
+    is_first[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return is_first
 
 
 def cached(
@@ -66,11 +114,11 @@ def cached(
         cache.reserve(start + length)
         order = torch.arange(start, start + length, device=device)
         access = CacheAccess(cache, start)
-        if start == 0:
+        if start == 0:  # the first tokens of an empty cache see only themselves
             return Layout(is_causal=True, access=access), order[None]
         # One new token sees everything that is there, so it needs no mask.
         mask = None if length == 1 else (torch.arange(start + length, device=device) <= order[:, None])[None, None]
-        return Layout(is_causal=False, mask=mask, access=access), order[None]
+        return Layout(mask=mask, access=access), order[None]
     if positions is None:
         positions = torch.arange(cache.extent, cache.extent + length, device=device).expand(batch, -1)
     if positions.is_cuda or torch.compiler.is_compiling():
@@ -82,7 +130,7 @@ def cached(
     positions = positions.clamp(min=0)
     mask = (torch.arange(cache.extent, device=device) <= positions[:, :, None])[:, None]  # (B, 1, T, S)
     access = CacheAccess(cache, slots=slots, rows=cache_rows)
-    return Layout(is_causal=False, mask=mask, access=access), positions
+    return Layout(mask=mask, access=access), positions
 
 
 def documents_of_mask(attention_mask: Int[Tensor, "B T"]) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
@@ -95,6 +143,4 @@ def documents_of_mask(attention_mask: Int[Tensor, "B T"]) -> tuple[Int[Tensor, "
 def positions_in_documents(documents: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
     """Return each token's position inside its run of equal document numbers, from 0."""
     order = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
-    is_first = torch.ones_like(documents, dtype=torch.bool)
-    is_first[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    return order - torch.where(is_first, order, 0).cummax(1).values
+    return order - torch.where(first_tokens(documents), order, 0).cummax(1).values

@@ -184,12 +184,16 @@ class Transformer(nn.Module):
             arranged, rotation = layout.cached(cache, (batch, length), positions, cache_rows)
             return arranged, rotation, None if positions is None else positions >= 0
         self._check_positions(length, positions)
+        device = input_ids.device
+        is_autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if is_autocast else self.model.embed_tokens.weight.dtype
+        dropout = self.config.dropout if self.training else 0.0
+        kernel = layout.pick_kernel(device, dtype, length, is_packed=documents is not None, dropout=dropout)
         if documents is None:
-            order = torch.arange(length, device=input_ids.device)[None]
-            return layout.causal(), order if positions is None else positions.clamp(min=0), None
-        if positions is None:
-            positions = layout.positions_in_documents(documents)
-        return layout.packed(documents), positions.clamp(min=0), documents != PAD_DOCUMENT
+            positions = torch.arange(length, device=device)[None] if positions is None else positions.clamp(min=0)
+            return layout.causal((batch, length), kernel), positions, None
+        positions = layout.positions_in_documents(documents) if positions is None else positions.clamp(min=0)
+        return layout.packed(documents, kernel), positions, documents != PAD_DOCUMENT
 
     def _check_positions(self, length: int, positions: Tensor | None) -> None:
         limit = self.config.max_position_embeddings

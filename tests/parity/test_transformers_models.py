@@ -15,16 +15,23 @@ from minimind.model.transformer import Transformer
 
 transformers = pytest.importorskip("transformers", reason="parity needs the extra 'hf'")
 
-SMALL = {"vocab_size": 120, "hidden_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 256}
-SMALL |= {"intermediate_size": 96, "moe_intermediate_size": 48, "initializer_range": 0.08}
-CONFIGS = {name: replace(preset, **SMALL) for name, preset in PRESETS.items()}
-CONFIGS |= {
-    "untied": replace(CONFIGS["small"], tie_word_embeddings=False),
-    "head_dim": replace(CONFIGS["v3"], head_dim=24),
-    "mixtral": replace(CONFIGS["moe"], n_shared_experts=0),
-    "two shared": replace(CONFIGS["moe"], n_shared_experts=2),
-    "unnormalised": replace(CONFIGS["v3-moe"], norm_topk_prob=False),
-    "yarn": replace(CONFIGS["small"], rope_scaling="yarn", yarn_factor=8.0, original_max_position_embeddings=32),
+SMALL = {
+    "vocab_size": 120,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 256,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 48,
+    "initializer_range": 0.08,
+}
+SIBLINGS = {name: replace(preset, **SMALL) for name, preset in PRESETS.items()}
+CONFIGS = SIBLINGS | {
+    "untied": replace(SIBLINGS["small"], tie_word_embeddings=False),
+    "head_dim": replace(SIBLINGS["v3"], head_dim=24),
+    "mixtral": replace(SIBLINGS["moe"], n_shared_experts=0),
+    "two shared": replace(SIBLINGS["moe"], n_shared_experts=2),
+    "unnormalised": replace(SIBLINGS["v3-moe"], norm_topk_prob=False),
+    "yarn": replace(SIBLINGS["small"], rope_scaling="yarn", yarn_factor=8.0, original_max_position_embeddings=32),
     "yarn qwen3": replace(
         CONFIGS["v3"], rope_scaling="yarn", yarn_factor=4.0, original_max_position_embeddings=64, rope_theta=1e4
     ),
