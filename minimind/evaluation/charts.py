@@ -9,6 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from minimind.evaluation.intervals import newcombe_interval
+from minimind.evaluation.wording import finite, readable, short
+
 if TYPE_CHECKING:
     from minimind.evaluation.tasks import Score
 
@@ -17,19 +20,6 @@ Points = list[tuple[float, float]]
 
 LANGUAGES = {"en": "English", "zh": "Chinese"}
 FORMS = {"chat": "asked in a chat", "completion": "completing a plain line"}
-
-
-def finite(value: object) -> float | None:
-    """Return `value` as a float, or None when it is missing, not a number, NaN or infinite."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if math.isfinite(value) else None
-
-
-def readable(name: str) -> str:
-    """Return an identifier as words: `tool_weather` -> `Tool weather`."""
-    words = name.replace("_", " ").replace("-", " ").strip()
-    return words[:1].upper() + words[1:]
 
 
 def series(rows: Iterable[Mapping[str, Any]], key: str) -> Points:
@@ -114,21 +104,6 @@ class Chart:
     floor_name: str
     label: str
     """What a reader who cannot see the picture should know."""
-
-
-def short(value: float) -> str:
-    """Return a number in at most about five characters: 0.0005 -> `5e-4`, 1532 -> `1,532`, 12400 -> `12.4k`."""
-    size = abs(value)
-    if size >= 1e6:
-        return f"{value / 1e6:.3g}M"
-    if size >= 1e4:
-        return f"{value / 1e3:.3g}k"
-    if size >= 1e3:
-        return f"{value:,.0f}"
-    if size and size < 1e-3:
-        mantissa, exponent = f"{value:.1e}".split("e")
-        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
-    return f"{value:.3g}"
 
 
 def line_chart(
@@ -241,8 +216,10 @@ class Cell:
     shortcut: float | None
     shortcut_name: str
     n: int
+    gain: tuple[float, float, float] | None
+    """(after - before, and the two ends of its 95 % interval) in points."""
     verdict: str
-    """"gain" / "loss": the two 95 % intervals do not touch; "same": they do; "": only one side was measured."""
+    """"gain" / "loss": the interval of the gain excludes zero; "same": it does not; "": one side was not measured."""
     is_above_bar: bool | None
     """True when the final interval lies wholly above both chance and the best shortcut."""
     label: str
@@ -283,10 +260,17 @@ def _interval(score: "Score | None") -> tuple[float, float] | None:
     return None if low is None or high is None else (low, high)
 
 
-def _verdict(old: tuple[float, float] | None, new: tuple[float, float] | None) -> str:
-    if old is None or new is None:
+def _gain(before: "Score | None", after: "Score | None") -> tuple[float, float, float] | None:
+    if before is None or after is None or finite(before.accuracy) is None or finite(after.accuracy) is None:
+        return None
+    low, high = newcombe_interval(before.correct, before.n, after.correct, after.n)
+    return round(100 * (after.accuracy - before.accuracy), 2), round(100 * low, 2), round(100 * high, 2)
+
+
+def _verdict(gain: tuple[float, float, float] | None) -> str:
+    if gain is None:
         return ""
-    return "gain" if new[0] > old[1] else "loss" if new[1] < old[0] else "same"
+    return "gain" if gain[1] > 0 else "loss" if gain[2] < 0 else "same"
 
 
 def cell(name: str, language: str, before: "Score | None", after: "Score | None") -> Cell | None:
@@ -295,7 +279,7 @@ def cell(name: str, language: str, before: "Score | None", after: "Score | None"
     if shown is None:
         return None
     old, new = _percent(before.accuracy if before else None), _percent(after.accuracy if after else None)
-    old_interval, new_interval = _interval(before), _interval(after)
+    new_interval, gain = _interval(after), _gain(before, after)
     chance = _percent(shown.chance)
     shortcut = _percent(shown.shortcut_accuracy) if shown.shortcut else None
     bars = [bar for bar in (chance, shortcut) if bar is not None]
@@ -308,14 +292,15 @@ def cell(name: str, language: str, before: "Score | None", after: "Score | None"
     return Cell(
         language,
         old,
-        old_interval,
+        _interval(before),
         new,
         new_interval,
         chance,
         shortcut,
         readable(shown.shortcut),
         shown.n,
-        _verdict(old_interval, new_interval),
+        gain,
+        _verdict(gain),
         new_interval[0] > max(bars) if new_interval and bars else None,
         " ".join(parts).replace(" ;", ";").removesuffix(","),
     )

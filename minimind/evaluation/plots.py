@@ -86,12 +86,13 @@ def save_scores(path: Path, stage: StageReport) -> Path:
                 axis.plot(cell.interval, (y, y), color=TRAIN, linewidth=6, alpha=0.28, solid_capstyle="round")
             if cell.before is not None and cell.after is not None:
                 axis.plot((cell.before, cell.after), (y, y), color=TRAIN, linewidth=1.2, alpha=0.4)
-            for value, name, style in (
+            marks: list[tuple[float | None, str, dict[str, Any]]] = [
                 (cell.chance, "chance", {"s": 60, "marker": "|", "color": BEFORE}),
                 (cell.shortcut, "best shortcut", {"s": 110, "marker": "|", "color": SHORTCUT}),
                 (cell.before, "before", {"s": 28, "marker": "o", "color": "white", "edgecolors": BEFORE}),
                 (cell.after, "after, 95 % interval", {"s": 40, "marker": "o", "color": TRAIN}),
-            ):
+            ]
+            for value, name, style in marks:
                 if value is not None:
                     axis.scatter(value, y, label=name, linewidths=1.8, zorder=3, **style)
     axes[0].set_xlabel("% right on held-out questions", color=SOFT, fontsize=9)

@@ -8,17 +8,25 @@ Deliberately knows nothing of models, training or how anything was measured; coo
 import base64
 import hashlib
 import json
-import math
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from minimind.evaluation.charts import Chart, DotPlot, dot_plots, finite, mean_accuracy, readable, series, stage_charts
+from minimind.evaluation.charts import Chart, DotPlot, dot_plots, mean_accuracy, series, stage_charts
+from minimind.evaluation.wording import (
+    duration,
+    finite,
+    is_plain_number,
+    language_of,
+    measure,
+    memory,
+    quantity,
+    readable,
+)
 
 if TYPE_CHECKING:
     from minimind.evaluation.tasks import Score
@@ -122,57 +130,6 @@ def stage_from_run(run: Path, *, name: str, title: str, what: str, **parts: Any)
     return StageReport(name=name, title=title, what=what, metrics=metrics, **parts)
 
 
-def duration(seconds: float | None) -> str:
-    """Return seconds as people say them: `48 s`, `3 min 20 s`, `2 h 05 min`; a dash when unknown."""
-    if seconds is None or not math.isfinite(seconds):
-        return "–"
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def quantity(number: float | None) -> str:
-    """Return a count: `812`, `64,200`, `1.31 million`; a dash when unknown."""
-    if number is None or not math.isfinite(number):
-        return "–"
-    if abs(number) >= 1e9:
-        return f"{number / 1e9:.3g} billion"
-    return f"{number / 1e6:.3g} million" if abs(number) >= 1e6 else f"{number:,.0f}"
-
-
-def memory(number_of_bytes: float | None) -> str:
-    """Return bytes as MiB or GiB; a dash when unknown."""
-    if not number_of_bytes or not math.isfinite(number_of_bytes):
-        return "–"
-    mib = number_of_bytes / 2**20
-    return f"{mib / 1024:.2f} GiB" if mib >= 1024 else f"{mib:,.0f} MiB"
-
-
-def is_plain_number(metric: str) -> bool:
-    """Whether a metric is a plain number, lower being better, and not a share."""
-    return bool(re.search(r"bits|bpb|loss|perplexity|nats", metric.lower()))
-
-
-def measure(value: object, metric: str = "") -> str:
-    """Return a value of `metric` as text: a share as `96 %`, bits and losses with three digits; a dash when unknown."""
-    number = finite(value)
-    if number is None:
-        return "–"
-    if is_plain_number(metric) or abs(number) > 1:
-        return f"{number:.3g}"
-    return f"{100 * number:.0f} %"
-
-
-def language_of(text: object) -> str:
-    """Return the `lang` value of a text: zh-CN when it holds Chinese characters, else en."""
-    return "zh-CN" if re.search(r"[\u3400-\u9fff]", str(text)) else "en"
-
-
 @dataclass(frozen=True)
 class Tile:
     """A key figure: its name, the figure, what it was before ("" if nothing) and a note."""
@@ -194,7 +151,8 @@ def key_figures(stages: Sequence[StageReport], results: Sequence[Result]) -> lis
         first = next((s.before for s in scored if s.before), ())
         shared = {(s.domain, s.language) for s in final} & {(s.domain, s.language) for s in first}
         old, new = mean_accuracy(first, shared), mean_accuracy(final, shared or None)
-        note = f"mean of {len(shared or final)} held-out measures"
+        number = len(shared or final)
+        note = f"mean of {number} held-out measures" if number > 1 else "one held-out measure"
         tiles.append(Tile("Held-out answers right", measure(new), measure(old) if old is not None else "", note))
     for stage in stages:
         bits = series(stage.metrics, "val_bits_per_byte")
@@ -297,7 +255,7 @@ def _summary(plots: Sequence[DotPlot], stage: StageReport) -> str:
     return (
         f"Mean of {len(cells)} measures: {measure(means[0])} before, {measure(means[1])} after. "
         f"{count['gain']} clearly better, {count['same']} not separable, {count['loss']} clearly worse "
-        "(clear: the two 95 % intervals do not touch)."
+        "(clear: the 95 % interval of the difference excludes zero)."
     )
 
 
@@ -347,8 +305,13 @@ def write_report(
     environment: Mapping[str, str] | None = None,
     limits: Sequence[str] = (),
     commands: Sequence[tuple[str, str]] = (),
+    domains: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write the page to `path` (whole or not at all) and return it. `commands` are (what it does, command line)."""
+    """Write the page to `path` (whole or not at all) and return it.
+
+    `commands` are (what it does, command line); `domains` says in a sentence what each scored domain asks.
+    """
+    stages = [replace(stage, seconds=finite(stage.seconds) or 0.0, floor=finite(stage.floor)) for stage in stages]
     views = [stage_view(stage) for stage in stages]
     jinja = Environment(
         loader=PackageLoader("minimind.evaluation", "."),
@@ -357,12 +320,19 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    jinja.filters.update(
-        duration=duration, quantity=quantity, memory=memory, measure=measure, readable=readable, tool_call=tool_call
-    )
-    jinja.filters["lang"] = language_of
+    filters: dict[str, Any] = {
+        "duration": duration,
+        "quantity": quantity,
+        "memory": memory,
+        "measure": measure,
+        "readable": readable,
+        "tool_call": tool_call,
+        "lang": language_of,
+    }
+    jinja.filters.update(filters)
     script_hash = base64.b64encode(hashlib.sha256(COPY_SCRIPT.encode()).digest()).decode()
     scored = [view for view in views if view.stage.after]
+    asked = {score.domain for stage in stages for score in (*stage.before, *stage.after)}
     page = jinja.get_template("report.html.jinja").render(
         title=title,
         subtitle=subtitle,
@@ -375,6 +345,7 @@ def write_report(
         limits=limits,
         weak=weak_measures(scored[-1]) if scored else [],
         commands=commands,
+        domains={name: text for name, text in (domains or {}).items() if name in asked},
         total_seconds=sum(stage.seconds for stage in stages),
         script=COPY_SCRIPT,
         script_hash=script_hash,
