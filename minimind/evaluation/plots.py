@@ -83,7 +83,7 @@ def save_scores(path: Path, stage: StageReport) -> Path:
             if cell is None:
                 continue
             if cell.interval:
-                axis.plot(cell.interval, (y, y), color=TRAIN, linewidth=6, alpha=0.28, solid_capstyle="round")
+                axis.plot(cell.interval, (y, y), color=TRAIN, linewidth=6, alpha=0.28, solid_capstyle="butt")
             if cell.before is not None and cell.after is not None:
                 axis.plot((cell.before, cell.after), (y, y), color=TRAIN, linewidth=1.2, alpha=0.4)
             marks: list[tuple[float | None, str, dict[str, Any]]] = [
