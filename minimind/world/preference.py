@@ -1,0 +1,80 @@
+"""Pairs for preference learning: polite and correct against rude, or against polite but wrong. Both sides share the prompt."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from minimind.world import arithmetic, dialogue, stories, words
+from minimind.world.draw import Draw, Split, small_split_of, split_of
+from minimind.world.facts import World
+from minimind.world.item import Domain, Item
+from minimind.world.lexicon import Language
+
+POLITE: dict[Language, tuple[str, ...]] = {
+    "en": ("Of course.", "With pleasure.", "Happy to help."),
+    "zh": ("当然可以。", "很乐意。", "很高兴帮你。"),
+}
+RUDE: dict[Language, tuple[str, ...]] = {
+    "en": ("What a silly question.", "Do not bother me.", "Are you stupid?"),
+    "zh": ("真是个傻问题。", "别来烦我。", "你傻吗？"),
+}
+
+_KINDS: dict[str, tuple[Callable[[Draw, Language, World], Item], Callable[[str], Split]]] = {
+    "facts": (dialogue.facts, small_split_of),
+    "compare": (arithmetic.compare, split_of),
+    "who-one": (stories.who_one, split_of),
+    "translation": (words.translation, split_of),
+}
+
+
+def _polite(kind: str) -> Domain:
+    make, split = _KINDS[kind]
+
+    def make_polite(draw: Draw, language: Language, world: World) -> Item:
+        item = make(draw, language, world)
+        args = {
+            "grader": item.grader,
+            "grader_args": item.grader_args,
+            "polite": list(POLITE[language]),
+            "rude": list(RUDE[language]),
+        }
+        gap = " " if language == "en" else ""
+        reply = draw.choice(POLITE[language]) + gap + item.reply
+        return replace(item, domain=f"polite-{kind}", grader="polite", grader_args=args, reply=reply)
+
+    return Domain(
+        f"polite-{kind}",
+        make_polite,
+        f"The questions of {kind}, answered politely and correctly.",
+        f"as in {kind}",
+        f"0 without politeness; with it as in {kind}.",
+        set="preference",
+        split=split,
+    )
+
+
+DOMAINS = tuple(_polite(kind) for kind in _KINDS)
+
+
+def _wrong_reply(draw: Draw, item: Item) -> str:
+    """Return the reply with another answer in the place of the right one."""
+    args = item.grader_args["grader_args"]
+    options = [option for option in args.get("options", ()) if option != item.answer]
+    if not options:  # a translation: its words in the wrong order or missing
+        options = [answer for answer in item.shortcuts.values() if answer != item.answer]
+    return item.reply.replace(item.answer, draw.choice(options))
+
+
+def preference_row(draw: Draw, item: Item) -> dict[str, Any]:
+    """Return {"chosen", "rejected"}: half of the rejected replies are rude but right, half polite but wrong."""
+    prompt = item.prompt_messages()
+    if draw.flip():
+        gap = " " if item.language == "en" else ""
+        opening = next(phrase for phrase in POLITE[item.language] if item.reply.startswith(phrase))
+        rejected = draw.choice(RUDE[item.language]) + gap + item.reply[len(opening) :].lstrip()
+    else:
+        rejected = _wrong_reply(draw, item)
+    return {
+        "chosen": [*prompt, {"role": "assistant", "content": item.reply}],
+        "rejected": [*prompt, {"role": "assistant", "content": rejected}],
+    }
