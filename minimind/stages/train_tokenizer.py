@@ -1,0 +1,132 @@
+"""Train a tokenizer: learn which byte sequences of the given texts deserve an id of their own (byte-level BPE).
+
+It reads the same files as the later stages, conversations included, and reports how short it writes each language.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from minimind.config import parse
+from minimind.errors import ConfigError
+
+if TYPE_CHECKING:
+    from minimind.tokenizer.bpe import Tokenizer
+    from minimind.tokenizer.train import Compression
+
+CJK = ("\u3400", "\u9fff")
+"""A text is counted as Chinese when a fifth of its characters stand between these."""
+
+REPORTED_CHARACTERS = 2_000_000
+"""How much text of each language the compression is measured on."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Learn a vocabulary from text and conversations: --data FILE ... --out DIR."""
+
+    files: Annotated[tuple[Path, ...], tyro.conf.arg(name="data", metavar="FILE ...")] = ()
+    """Texts and conversations to learn from, in any format that the later stages read."""
+    out: Path = Path("runs/tokenizer")
+    """Directory to write tokenizer.json, tokenizer_config.json and chat_template.jinja to."""
+    vocab_size: int = 6400
+    """Number of tokens, control tokens and the 256 bytes included."""
+    single_digits: bool = True
+    """Write every digit as a token of its own, so that numbers can be computed with."""
+    min_frequency: int = 2
+    """How often a pair must occur to be merged."""
+    reference: Path | None = None
+    """Another tokenizer's directory to compare the compression with."""
+    chat_template: Path | None = None
+    """A Jinja chat template to save instead of the built-in one."""
+
+    def problems(self) -> list[str]:
+        """Return what is impossible in these values, one sentence each."""
+        return [] if self.files else ["data: no file to learn from; give --data FILE ..."]
+
+
+def run(config: Config) -> "Tokenizer":
+    """Train, save to `config.out`, and return the tokenizer."""
+    from minimind.tokenizer.bpe import Tokenizer
+    from minimind.tokenizer.train import train
+
+    reference = Tokenizer.load(config.reference) if config.reference else None
+    tokenizer = train(
+        texts(config.files),
+        config.vocab_size,
+        single_digits=config.single_digits,
+        min_frequency=config.min_frequency,
+    )
+    if config.chat_template is not None:
+        if not config.chat_template.is_file():
+            raise ConfigError(
+                f"chat_template = {config.chat_template}: no such file; give the path of a Jinja template"
+            )
+        tokenizer.chat_template = config.chat_template.read_text(encoding="utf-8")
+    tokenizer.save(config.out)
+    report(tokenizer, config, reference)
+    return tokenizer
+
+
+def texts(files: Sequence[Path]) -> Iterator[str]:
+    """Yield every text of every row: plain texts, the parts of each turn. DataError for a bad row."""
+    from minimind.data import conversation, text
+    from minimind.data.jsonl import read_rows
+    from minimind.errors import DataError
+
+    for file in files:
+        for row in read_rows(file):
+            if "text" in row.data:
+                found, problems = text.read(row.data)
+                parts = [found]
+            else:
+                turns, problems = conversation.read(row.data)
+                parts = [part for message in turns.messages for part in _parts(message)]
+            if problems:
+                raise DataError(f"{row.file}:{row.line}: {'; '.join(problems)}")
+            yield from parts
+
+
+def _parts(message: dict[str, Any]) -> Iterator[str]:
+    for key in ("content", "reasoning_content"):
+        if message.get(key):
+            yield message[key]
+    if message.get("tool_calls"):
+        yield json.dumps(message["tool_calls"], ensure_ascii=False)
+
+
+def report(tokenizer: "Tokenizer", config: Config, reference: "Tokenizer | None") -> None:
+    """Log the bytes per token of each language, beside UTF-8's own and the reference's."""
+    from minimind.runtime.log import get_logger
+    from minimind.tokenizer.train import measure
+
+    log = get_logger("tokenizer")
+    sample: dict[str, list[str]] = {"zh": [], "other": []}
+    left = dict.fromkeys(sample, REPORTED_CHARACTERS)
+    for text in texts(config.files):
+        language = "zh" if sum(CJK[0] <= c <= CJK[1] for c in text) * 5 > len(text) else "other"
+        if left[language] > 0:
+            sample[language].append(text)
+            left[language] -= len(text)
+        elif max(left.values()) <= 0:
+            break
+    log.info("%s: %d tokens, %s", config.out, tokenizer.vocab_size, tokenizer.sha256[:12])
+    others = measure(reference, sample) if reference else {}
+    for language, counts in measure(tokenizer, sample).items():
+        if counts.characters:
+            log.info("%s", compression_line(counts, others.get(language)))
+
+
+def compression_line(counts: "Compression", other: "Compression | None") -> str:
+    """Return one line: bytes and characters per token of one language, and the reference's."""
+    sizes = f"{counts.bytes_per_token:.2f} bytes, {counts.characters_per_token:.2f} characters per token"
+    return f"{counts.language}: {sizes}" + (f" (reference: {other.bytes_per_token:.2f} bytes)" if other else "")
+
+
+def main(argv: Sequence[str]) -> None:
+    """`minimind train-tokenizer`."""
+    run(parse(Config, argv, command="train-tokenizer"))
