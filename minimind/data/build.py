@@ -1,7 +1,7 @@
 """Rows -> the files of a token cache, streaming and atomic: written to a temporary sibling, fsynced, renamed.
 
-Layout of a cache folder: `ids.bin` (uint16 or uint32), `weights.bin` (uint8 index into the table of meta.json; absent when
-every token has weight 1), `offsets.bin` (int64, documents + 1), `meta.json`. Memory is bounded by one batch of rows.
+Layout of a cache folder: `ids.bin` (uint16 or uint32), `weights.bin` (uint8 index into the table of meta.json; absent
+when every token has weight 1), `offsets.bin` (int64, documents + 1), `meta.json`. Memory is bounded by a batch of rows.
 It does not decide whether a cache is up to date: dataset.py does.
 """
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from minimind.batch import Example
 from minimind.data import conversation, preference, text
+from minimind.data.budget import fit_conversation, fit_pair
 from minimind.data.jsonl import Problem, Row, scan
 from minimind.data.messages import Conversation
 from minimind.errors import ConfigError, DataError, OutOfResourcesError
@@ -150,8 +151,8 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise OutOfResourcesError(
-                f"{target.parent}: {os.strerror(error.errno)} after {needed:,} bytes of the token cache; free some space or name "
-                "another folder with --data.cache-dir"
+                f"{target.parent}: {os.strerror(error.errno)} after {needed:,} bytes of the token cache; "
+                "free some space or name another folder with --data.cache-dir"
             ) from None
         raise
     except BaseException:
@@ -274,14 +275,14 @@ class Builder:
         except DataError:
             whole = [None] * len(batch)  # one by one then, to name the row at fault
         for (row, found), rendered in zip(batch, whole, strict=True):
-            self._write(row, lambda c=found, r=rendered: _alone(conversation.fit(c, self._render, self.max_length, r)))
+            self._write(row, lambda c=found, r=rendered: _alone(fit_conversation(c, self._render, self.max_length, r)))
 
     def _preference(self, row: Row) -> None:
         found, problems = preference.read(row.data)
         if self._bad(row, problems) or self._bad(row, preference.unpaired(found)):
             return
         if not self._elsewhere(preference.content_key(found)):
-            self._write(row, lambda: preference.fit(found, self._render, self.max_length))
+            self._write(row, lambda: fit_pair(found, self._render, self.max_length))
 
     def _write(self, row: Row, make: Callable[[], tuple[list[Example] | None, str]]) -> None:
         try:

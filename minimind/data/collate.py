@@ -24,8 +24,8 @@ class Document(Protocol):
 def collate(rows: Sequence[Sequence[Document]], row_length: int, pad_id: int) -> Batch:
     """Return the Batch of B = len(rows) rows and T = `row_length` positions; `weight` is the sum of `loss_weights`.
 
-    A document of n tokens fills n - 1 positions: ids[0..n-2] as inputs, ids[1..n-1] as labels with their weights. The rest
-    of a row is padding: `pad_id`, document PAD_DOCUMENT, weight 0. ValueError when a row's documents do not fit.
+    A document of n tokens fills n - 1 positions: ids[0..n-2] as inputs, ids[1..n-1] as labels with their weights. The
+    rest of a row is padding: `pad_id`, document PAD_DOCUMENT, weight 0. ValueError when a row's documents do not fit.
     """
     shape = (len(rows), row_length)
     input_ids = np.full(shape, pad_id, dtype=np.int64)

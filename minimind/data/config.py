@@ -19,8 +19,8 @@ class DataConfig:
     """Share of the documents held out, chosen by the hash of their content; 0 holds out none."""
     on_error: Literal["raise", "skip"] = "raise"
     """A malformed row stops the run (raise), or is counted and left out (skip)."""
-    row_length: int = 512
-    """Tokens of a row of a batch: the context that is trained."""
+    row_length: int = 0
+    """Tokens of a row of a batch: the context that is trained. 0: that of the model started from, 512 for a new one."""
     packing: Literal["packed", "padded"] = "packed"
     """Fill rows with several documents (packed, faster), or one document a row (padded)."""
     pack_window: int = 131_072
@@ -33,8 +33,8 @@ class DataConfig:
         found: list[str] = []
         if not 0 <= self.validation_fraction < 1:
             found.append(f"data.validation_fraction is {self.validation_fraction}, expected 0 <= fraction < 1")
-        if self.row_length < 2:
-            found.append(f"data.row_length is {self.row_length}, expected at least 2 tokens")
+        if self.row_length < 0 or self.row_length == 1:
+            found.append(f"data.row_length is {self.row_length}, expected at least 2 tokens, or 0 for the model's own")
         if self.pack_window < 1:
             found.append(f"data.pack_window is {self.pack_window}, expected at least 1 document")
         return found

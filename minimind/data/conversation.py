@@ -1,18 +1,16 @@
-"""Conversation rows of any common layout -> `Conversation` -> one `Example` that fits a token budget.
+"""Conversation rows of any common layout -> `Conversation`.
 
-Layouts: `conversations` or `messages` (OpenAI, upstream MiniMind, ShareGPT, LLaMA-Factory), Alpaca's instruction / input /
-output with history, `prompt` / `response`, and KdConv's alternating speakers. Masks come from the chat template only.
+Layouts: `conversations` or `messages` (OpenAI, upstream MiniMind, ShareGPT, LLaMA-Factory), Alpaca's instruction,
+input, output and history, `prompt` and `response`, and KdConv's alternating speakers.
+It knows nothing of tokens and budgets.
 """
 
 import json
-from collections.abc import Callable
 from typing import Any, cast
 
-from minimind.batch import Example
 from minimind.data.messages import Conversation, Message, Reader, check_order, is_empty_turn
 
-Render = Callable[[list[Message], list[dict[str, Any]] | None], Example]
-
+TURN_FIELDS = ("messages", "conversations", "conversation")
 LAYOUTS = "messages, conversations, instruction + output, or prompt + response"
 
 
@@ -34,9 +32,12 @@ def read(data: dict[str, Any]) -> tuple[Conversation, list[str]]:
     return conversation, reader.problems
 
 
-def read_turns(data: dict[str, Any], reader: Reader) -> tuple[str, Conversation]:
-    """Return (field name, conversation) of a row in any layout, without judging the order of its turns."""
-    name = next((key for key in ("messages", "conversations", "conversation") if key in data), "")
+def read_turns(data: dict[str, Any], reader: Reader, field: str = "") -> tuple[str, Conversation]:
+    """Return (field name, conversation) of a row in any layout, without judging the order of its turns.
+
+    `field` names the field that holds the messages where it has another name than usual.
+    """
+    name = field or next((key for key in TURN_FIELDS if key in data), "")
     if name:
         value = data[name]
         if (
@@ -122,45 +123,3 @@ def _alpaca(data: dict[str, Any], reader: Reader) -> Conversation:
 def content_key(conversation: Conversation) -> str:
     """Return text that is equal for equal conversations: what the split into training and validation hashes."""
     return json.dumps([conversation.messages, conversation.tools], ensure_ascii=False, sort_keys=True)
-
-
-def turn_starts(messages: list[Message]) -> tuple[int, list[int]]:
-    """Return (number of leading system messages, index of every user message): where older turns may be left out."""
-    lead = 1 if messages and messages[0]["role"] == "system" else 0
-    return lead, [i for i, message in enumerate(messages) if message["role"] == "user"]
-
-
-def fit(
-    conversation: Conversation, render: Render, max_length: int, rendered: Example | None = None
-) -> tuple[Example | None, str]:
-    """Return (the example within `max_length` tokens, what was done to fit it); `rendered` is the whole, if at hand.
-
-    "" nothing; "truncated": the oldest turns were left out, the system message and the newest stay; "cut": the newest
-    turn alone is too long, so its later steps are left out, or its answer ends at the budget (without the end token);
-    "too_long": not even the beginning of an answer fits, the example is None.
-    """
-    messages, tools = conversation.messages, conversation.tools
-    example = render(messages, tools) if rendered is None else rendered
-    if len(example.ids) <= max_length:
-        return example, ""
-    lead, starts = turn_starts(messages)
-    low, high = 1, len(starts) - 1  # how many of the oldest turns to leave out: the fewest that fit
-    best: Example | None = None
-    while low <= high:
-        middle = (low + high) // 2
-        candidate = render(messages[:lead] + messages[starts[middle] :], tools)
-        if len(candidate.ids) <= max_length:
-            best, high = candidate, middle - 1
-        else:
-            low = middle + 1
-    if best is not None:
-        return best, "truncated"
-    newest = messages[:lead] + messages[starts[-1] if starts else lead :]
-    answers = [i for i, message in enumerate(newest) if message["role"] == "assistant"]
-    for end in reversed(answers[:-1]):
-        candidate = render(newest[: end + 1], tools)
-        if len(candidate.ids) <= max_length:
-            return candidate, "cut"
-    shortest = render(newest[: answers[0] + 1], tools)
-    ids, weights = shortest.ids[:max_length], shortest.loss_weights[:max_length]
-    return (Example(ids, weights), "cut") if any(weights[1:]) else (None, "too_long")

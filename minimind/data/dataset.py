@@ -1,7 +1,7 @@
 """Tokenised documents on disk: a memory-mapped cache that is reused while nothing it was made from has changed.
 
-The fingerprint hashes the content of the files, the tokenizer and its chat template, the options and the format version;
-paths and dates do not matter. Corpora larger than memory stream while building and are mapped while reading.
+The fingerprint hashes the content of the files, the tokenizer and its chat template, the options and the format
+version; paths and dates do not matter. Corpora larger than memory stream while building and are mapped while reading.
 
 Training and validation come from the same files by the hash of each document's content (`validation_fraction`), or from
 files of their own. It knows nothing of rows, batches or order: packing.py and loader.py do.
@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -115,8 +115,8 @@ def prepare(
 ) -> TokenDataset:
     """Return the tokenised documents of `files`, from the cache when it is there, else built now.
 
-    `max_length`: tokens of one document at most (required except for kind "pretrain", whose documents are cut by packing).
-    `part`: with a `validation_fraction`, the documents whose content hashes below it are "validation", the others "train".
+    `max_length`: tokens of one document at most (required except for kind "pretrain", whose documents packing cuts).
+    `part`: with a `validation_fraction`, documents whose content hashes below it are "validation", the others "train".
     Raises ConfigError for a missing file, DataError for bad rows (unless `on_error` is "skip").
     """
     if kind != "pretrain" and (max_length is None or max_length < 2):
@@ -146,7 +146,7 @@ def prepare(
 def train_and_validation(
     config: DataConfig, tokenizer: Tokenizer, *, kind: Kind
 ) -> tuple[TokenDataset, TokenDataset | None]:
-    """Return (training, validation) documents as `config` says; validation is None when there is nothing to validate on.
+    """Return (training, validation) documents as `config` says; validation is None when there is nothing for it.
 
     Validation is `config.validation` where given, else the share `config.validation_fraction` of the training files.
     DataError when no document is left to train on.
@@ -205,10 +205,9 @@ def _build(
     size = sum(file.stat().st_size for file in files)
     seconds = time.perf_counter() - started
     counts = ", ".join(f"{key} {count:,}" for key, count in report.items() if count and key != "documents")
-    _log.info(
-        "tokenised %s: %s documents, %s tokens (%s) in %.1f s, %.1f MB/s",
-        options["part"], f"{writer.num_documents:,}", f"{writer.num_tokens:,}", counts, seconds, size / 1e6 / max(seconds, 1e-9),
-    )  # fmt: skip
+    shape = f"{writer.num_documents:,} documents, {writer.num_tokens:,} tokens"
+    speed = size / 1e6 / max(seconds, 1e-9)
+    _log.info("tokenised %s: %s (%s) in %.1f s, %.1f MB/s", options["part"], shape, counts, seconds, speed)
 
 
 # --- fingerprints and locks -----------------------------------------------------------------------------------------
@@ -253,7 +252,7 @@ def _digest(path: Path) -> str:
 
 
 @contextmanager
-def lock(folder: Path) -> Iterator[None]:
+def lock(folder: Path) -> Generator[None]:
     """Hold the lock of a cache folder: of several processes one builds it, the others wait and find it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -1,7 +1,7 @@
 """Packed rows -> the micro-batches of any optimizer step, for any rank: a pure function, so resuming is a cursor.
 
-The global batch of a step is `order.global_rows(step, ...)`; ranks take consecutive shares of it, micro-batches consecutive
-shares of those. So the same step holds the same rows whatever the world size, micro-batch or history. It holds no state.
+The global batch of a step is `order.global_rows(step, ...)`; ranks take consecutive shares of it, micro-batches
+consecutive shares of those. So a step holds the same rows whatever the world size, micro-batch or history. No state.
 """
 
 from collections.abc import Iterator, Sequence
@@ -71,7 +71,7 @@ class Loader:
         return list(self._split(global_rows(step, self.batch_rows, self.num_rows, self.seed)))
 
     def all_batches(self) -> Iterator[Batch]:
-        """Yield this rank's share of all rows, each row on exactly one rank and once: for validation, in constant memory."""
+        """Yield this rank's share of all rows, each on one rank and once: for validation, in constant memory."""
         size = self.micro_rows * self.world_size
         for first in range(0, self.num_rows, size):
             yield from self._split(np.arange(first, min(first + size, self.num_rows)))
@@ -113,5 +113,6 @@ class Loader:
         ]
         if changed:
             raise ConfigError(
-                f"cannot resume with another order of samples: {'; '.join(changed)}; use the old values, or --fresh to start over"
+                f"cannot resume with another order of samples: {'; '.join(changed)}; "
+                "use the old values, or --fresh to start over"
             )

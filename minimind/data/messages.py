@@ -1,6 +1,6 @@
 """Messages of any common shape -> one canonical shape: what all kinds of conversation rows share.
 
-Canonical: `{"role": "system"|"user"|"assistant"|"tool", "content": str, "reasoning_content"?: str, "tool_calls"?: [...]}`
+Canonical: `{"role": "system"|"user"|"assistant"|"tool", "content", "reasoning_content"?, "tool_calls"?: [...]}`
 with tool calls and tools in OpenAI's form, arguments as objects. Every complaint names the field and what was expected.
 It knows nothing of files, tokens or budgets.
 """
@@ -9,7 +9,9 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from minimind.data.jsonl import json_type
+import orjson
+
+from minimind.data.rows import json_type
 
 Message = dict[str, Any]
 
@@ -20,7 +22,7 @@ ROLES = {
     "tool": "tool", "observation": "tool", "function": "tool", "function_response": "tool", "ipython": "tool",
     "function_call": "function_call", "tool_call": "function_call",
 }  # fmt: skip
-"""Names of roles in OpenAI's, ShareGPT's, LLaMA-Factory's and upstream's data -> ours ("function_call": an assistant's)."""
+"""Roles of OpenAI's, ShareGPT's, LLaMA-Factory's and upstream's data -> ours ("function_call" is an assistant's)."""
 
 _EXPECTED_ROLES = "system, user, assistant or tool"
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -61,8 +63,8 @@ class Reader:
         if not isinstance(value, str):
             return value
         try:
-            return json.loads(value)
-        except (json.JSONDecodeError, RecursionError) as error:
+            return orjson.loads(value)
+        except orjson.JSONDecodeError as error:
             self.complain(name, f"is a string that is not valid JSON ({error}), expected {expected}")
             return None
 
@@ -211,7 +213,7 @@ class Reader:
 
 
 def check_order(messages: list[Message], name: str, problems: list[str]) -> None:
-    """Add what is wrong with the order of turns: system only first, user and assistant in turns, tools after their call."""
+    """Add what is wrong with the order: system only first, user and assistant in turns, tools after their call."""
     previous = ""
     for i, message in enumerate(messages):
         role = message["role"]

@@ -4,8 +4,8 @@ A document of n tokens takes n - 1 slots of a row, because the shift from inputs
 so no label ever comes from a neighbour. A pretraining document longer than a row is cut in pieces that overlap by one
 token: every label is predicted exactly once. Documents that belong together (a preference pair) stay in one row.
 
-Best fit, longest first: each unit goes to the row with the least room that still holds it, else opens a new one. Units of
-one length are placed together, so the work grows with the number of different lengths and not of documents
+Best fit, longest first: each unit goes to the row with the least room that still holds it, else opens a new one. Units
+of one length are placed together, so the work grows with the number of different lengths and not of documents
 (Johnson et al. 1974: best-fit decreasing needs at most 11/9 of the fewest rows).
 
 It plans where tokens go and never looks at them; collate.py makes tensors.
@@ -78,8 +78,8 @@ class PackedRows:
 def pack(dataset: TokenDataset, row_length: int, *, window: int = 131_072, mode: Mode = "packed") -> PackedRows:
     """Return the rows of `row_length` slots that hold every label of `dataset` exactly once.
 
-    `window`: documents that are packed together, which bounds memory; the plan is a function of (dataset, arguments) and
-    cached beside the dataset. Raises ConfigError when a document that may not be cut is longer than a row.
+    `window`: documents that are packed together, which bounds memory; the plan is a function of (dataset, arguments)
+    and cached beside the dataset. Raises ConfigError when a document that may not be cut is longer than a row.
     """
     if row_length < 1 or window < 1:
         raise ConfigError(f"row_length {row_length} and pack_window {window} must be at least 1")
@@ -158,8 +158,8 @@ def cut(starts: I64, slots: I64, row_length: int) -> tuple[I64, I64]:
 def best_fit(sizes: I64, capacity: int) -> I64:
     """Return the row of each unit by best-fit decreasing; rows are numbered from 0, units of one size keep their order.
 
-    Placing c units of size s in rows with room r >= s (smallest r first) fills each row with r // s of them, because a row
-    just used has the least room that still holds another. So all of them are placed at once.
+    Placing c units of size s in rows with room r >= s (smallest r first) fills each row with r // s of them, because a
+    row just used has the least room that still holds another. So all of them are placed at once.
     """
     if len(sizes) and (int(sizes.min()) < 1 or int(sizes.max()) > capacity):
         raise ValueError(f"unit sizes {int(sizes.min())}..{int(sizes.max())} must be in 1..{capacity}")

@@ -1,16 +1,15 @@
-"""Preference rows -> a prompt with a chosen and a rejected answer -> two `Example`s that are treated exactly alike.
+"""Preference rows -> `Preference`: a prompt with a chosen and a rejected answer.
 
 Layouts: `chosen` and `rejected` as whole conversations, as messages beside `conversations` or `messages`, or as strings
-beside `prompt` (or `instruction` + `input`); unpaired rows `messages` + `label` are read, but pairs cannot be made of them.
-Only the answer after the prompt is learned: earlier assistant turns get weight 0 on both sides.
+beside `prompt` (or `instruction` and `input`). Unpaired rows (`messages` and `label`, KTO) are read, but no pair can be
+made of them. It knows nothing of tokens (budget.py).
 """
 
 import json
 from dataclasses import dataclass
 from typing import Any, cast
 
-from minimind.batch import Example
-from minimind.data.conversation import Render, read_turns, turn_starts
+from minimind.data.conversation import TURN_FIELDS, read_turns
 from minimind.data.messages import Message, Reader, check_order, is_empty_turn
 
 
@@ -59,14 +58,14 @@ def read(data: dict[str, Any]) -> tuple[Preference, list[str]]:
 def _prompt(data: dict[str, Any], reader: Reader) -> tuple[list[Message], list[dict[str, Any]] | None]:
     """Return the turns that stand beside chosen and rejected (maybe none) and the tools."""
     context = {key: data[key] for key in ("system", "tools") if key in data}
-    if any(key in data for key in ("conversations", "messages", "conversation")):
+    if any(key in data for key in TURN_FIELDS):
         _, conversation = read_turns({key: value for key, value in data.items() if key != "label"}, reader)
         return conversation.messages, conversation.tools
     question = data.get("prompt", data.get("question", data.get("instruction")))
     if question is None:
         return [], reader.tools(context.get("tools"), "tools")
     if isinstance(question, list):
-        _, conversation = read_turns({"messages": question, **context}, reader)
+        _, conversation = read_turns({"prompt": question, **context}, reader, "prompt")
         return conversation.messages, conversation.tools
     text = reader.text(question, "prompt", expected="a string or a list of messages")
     extra = data.get("input")
@@ -119,37 +118,3 @@ def unpaired(found: Preference) -> list[str]:
 def content_key(found: Preference) -> str:
     """Return text that is equal for rows with one prompt, so that a prompt is on one side of the split only."""
     return json.dumps([found.prompt, found.tools], ensure_ascii=False, sort_keys=True)
-
-
-def fit(found: Preference, render: Render, max_length: int) -> tuple[list[Example] | None, str]:
-    """Return ([chosen, rejected], what was done), each within `max_length` tokens, the same done to both.
-
-    Turns of the prompt are left out until the longer side fits ("truncated"); then answers end at the budget ("cut"). A
-    pair of which nothing can be compared within the budget is "too_long" and None.
-    """
-    lead, starts = turn_starts(found.prompt)
-    sides = [side for side in (found.chosen, found.rejected) if side is not None]
-    pair: list[Example] = []
-    for dropped in range(max(len(starts), 1)):
-        prompt = found.prompt if dropped == 0 else found.prompt[:lead] + found.prompt[starts[dropped] :]
-        pair = [_answer_only(render(prompt + side, found.tools), prompt) for side in sides]
-        if all(len(example.ids) <= max_length for example in pair):
-            return pair, "truncated" if dropped else ""
-    cut = [Example(example.ids[:max_length], example.loss_weights[:max_length]) for example in pair]
-    if cut[0].ids == cut[-1].ids or not all(any(example.loss_weights[1:]) for example in cut):
-        return None, "too_long"
-    return cut, "cut"
-
-
-def _answer_only(example: Example, prompt: list[Message]) -> Example:
-    """Return the example with weight 0 on the spans of the prompt's own assistant turns (one span a turn)."""
-    spans = sum(message["role"] == "assistant" for message in prompt)
-    weights = list(example.loss_weights)
-    position = 0
-    for _ in range(spans):
-        while position < len(weights) and weights[position] == 0:
-            position += 1
-        while position < len(weights) and weights[position] != 0:
-            weights[position] = 0.0
-            position += 1
-    return Example(example.ids, weights)
