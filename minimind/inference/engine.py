@@ -8,8 +8,7 @@ template, no tokenizer. It is not thread-safe: one thread calls it.
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from copy import copy
 
 import numpy as np
 import torch
@@ -17,12 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minimind.errors import ConfigError
+from minimind.inference.request import Completion, Event, FinishReason, Request
 from minimind.inference.sampling import RowParams, SamplingParams, key_of, sample, uniforms_of
 from minimind.model.cache import KVCache
 from minimind.model.transformer import Transformer
 from minimind.runtime.device import autocast
-
-FinishReason = Literal["stop", "length", "cancelled"]
 
 DEFAULT_MAX_LENGTH = 2048
 """Positions per cache row when `max_length` is not given (and the model allows as many)."""
@@ -32,43 +30,6 @@ _PREFILL_CHUNK = 512
 
 _PREFILL_TOKENS = 8192
 """The most token slots (rows x length) of one prefill batch."""
-
-
-class Event(NamedTuple):
-    """One token of one request, or (`token_id` -1) the news that it was cancelled."""
-
-    request_id: int
-    token_id: int
-    log_prob: float | None
-    """See `SamplingParams.logprobs`; None when not asked for."""
-    finish_reason: FinishReason | None
-    """Set on the last event of a request: a stop id (which is `token_id`), the limit reached, or cancelled."""
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """The answer to one prompt."""
-
-    ids: list[int]
-    """The chosen tokens, the stop id included when one was met."""
-    log_probs: list[float]
-    """One for each id when `SamplingParams.logprobs`, else empty."""
-    finish_reason: FinishReason
-
-
-@dataclass(slots=True, eq=False)
-class _Request:
-    id: int
-    prompt: tuple[int, ...]
-    params: SamplingParams
-    limit: int
-    key: int
-    stop: frozenset[int]
-    has_events: bool
-    row: int = -1
-    ids: list[int] = field(default_factory=list[int])
-    log_probs: list[float] = field(default_factory=list[float])
-    finish_reason: FinishReason | None = None
 
 
 class Engine:
@@ -104,12 +65,12 @@ class Engine:
         self.dtype = dtype or weight.dtype
         self._has_autocast = self.dtype != weight.dtype
         self._cache = KVCache(model.config, max_batch_size, max_length, device=self.device, dtype=self.dtype)
-        self._waiting: deque[_Request] = deque()
-        self._requests: dict[int, _Request] = {}
+        self._waiting: deque[Request] = deque()
+        self._requests: dict[int, Request] = {}
         self._next_id = 0
         self._undelivered: list[Event] = []
         # Row i of the cache belongs to _rows[i]; its next input is _tokens[i] at _positions[i] (-1: the row is free).
-        self._rows: list[_Request | None] = [None] * max_batch_size
+        self._rows: list[Request | None] = [None] * max_batch_size
         self._tokens = np.zeros(max_batch_size, dtype=np.int64)
         self._positions = np.full(max_batch_size, -1, dtype=np.int64)
         self._keys = np.zeros(max_batch_size, dtype=np.uint64)
@@ -240,12 +201,12 @@ class Engine:
             wrong = next(i for i in prompt if not 0 <= i < self.model.config.vocab_size)
             raise ConfigError(f"{where}: id {wrong} is outside the vocabulary of {self.model.config.vocab_size}")
 
-    def _submit(self, prompt: Sequence[int], params: SamplingParams, *, has_events: bool) -> _Request:
+    def _submit(self, prompt: Sequence[int], params: SamplingParams, *, has_events: bool) -> Request:
         self._check(prompt, "submit: prompt")
         seed = params.seed
         if seed is None:
             seed = int(torch.randint(1 << 62, ())) if params.temperature else 0
-        request = _Request(
+        request = Request(
             id=self._next_id,
             prompt=tuple(prompt),
             params=params,
@@ -269,9 +230,10 @@ class Engine:
         if not self._waiting or free < min(len(self._waiting), max(1, self.max_batch_size // 8)):
             return
         rows = [row for row, request in enumerate(self._rows) if request is None]
-        groups: dict[tuple[int, ...], list[_Request]] = {}
-        for row in rows[: len(self._waiting)]:
-            request = self._waiting.popleft()
+        admitted = [self._waiting.popleft() for _ in rows[: len(self._waiting)]]
+        admitted.sort(key=lambda request: len(request.prompt))  # batches of like length, of rows in order
+        groups: dict[tuple[int, ...], list[Request]] = {}
+        for row, request in zip(rows, admitted, strict=False):
             request.row = row
             self._rows[row] = request
             self._keys[row] = request.key
@@ -279,16 +241,16 @@ class Engine:
             groups.setdefault(request.prompt, []).append(request)
         self._row_params = None
         try:
-            for batch in self._prefill_batches(sorted(groups.values(), key=lambda group: len(group[0].prompt))):
+            for batch in self._prefill_batches(list(groups.values())):
                 self._prefill(batch)
         except BaseException:  # out of memory, Ctrl-C: a row without its prompt must not be decoded
-            for request in [request for group in groups.values() for request in group]:
+            for request in admitted:
                 self.cancel(request.id)
             raise
 
-    def _prefill_batches(self, groups: list[list[_Request]]) -> Iterator[list[list[_Request]]]:
+    def _prefill_batches(self, groups: list[list[Request]]) -> Iterator[list[list[Request]]]:
         # Groups come by length; a batch closes where padding would pass an eighth of it (64 slots are always allowed).
-        batch: list[list[_Request]] = []
+        batch: list[list[Request]] = []
         real = 0
         for group in groups:
             length = len(group[0].prompt)
@@ -300,7 +262,7 @@ class Engine:
             real += length
         yield batch
 
-    def _prefill(self, groups: list[list[_Request]]) -> None:
+    def _prefill(self, groups: list[list[Request]]) -> None:
         """Run the prompt of each group once, copy its cache row to the others, and choose everyone's first token."""
         leaders = [group[0] for group in groups]
         lengths = np.array([len(leader.prompt) for leader in leaders])
@@ -314,7 +276,7 @@ class Engine:
         for start in range(0, width, _PREFILL_CHUNK):
             end = min(start + _PREFILL_CHUNK, width)
             here = np.nonzero((lengths > start) & (lengths <= end))[0]
-            self._cache.extent = end
+            self._cache.extent = start  # the forward raises it to `end`
             output = self.model(
                 self._to_device(ids[:, start:end]),
                 positions=self._to_device(positions[:, start:end]),
@@ -356,12 +318,12 @@ class Engine:
             width -= 1
         if not width:
             return
-        self._cache.extent = int(self._positions[:width].max()) + 1
+        cache = self._front(width)
+        cache.extent = int(self._positions[:width].max())  # the forward raises it by one
         output = self.model(
             self._to_device(self._tokens[:width, None]),
             positions=self._to_device(self._positions[:width, None]),
-            cache=self._cache,
-            cache_rows=None if width == self.max_batch_size else self._to_device(np.arange(width)),
+            cache=cache,
         )
         logits = output.logits[:, 0]  # (B, V)
         requests = self._rows[:width]
@@ -373,7 +335,7 @@ class Engine:
         self._choose(requests, np.arange(width), logits, self._row_params)
 
     def _choose(
-        self, requests: Sequence[_Request | None], rows: NDArray[np.int64], logits: Tensor, params: RowParams
+        self, requests: Sequence[Request | None], rows: NDArray[np.int64], logits: Tensor, params: RowParams
     ) -> None:
         """Sample one token for each row (`logits[i]` belongs to `requests[i]` in cache row `rows[i]`) and book it."""
         uniforms = None if params.is_greedy is True else uniforms_of(self._keys[rows], self._counters[rows])
@@ -407,7 +369,7 @@ class Engine:
             if request.has_events:
                 self._undelivered.append(Event(request.id, token_id, log_prob, reason))
 
-    def _finish(self, request: _Request, reason: FinishReason) -> None:
+    def _finish(self, request: Request, reason: FinishReason) -> None:
         request.finish_reason = reason
         del self._requests[request.id]
         if request.row >= 0:
@@ -437,6 +399,14 @@ class Engine:
             self._rows[hole], self._rows[source] = request, None
             self._positions[source] = -1
         self._row_params = None
+
+    def _front(self, width: int) -> KVCache:
+        # A view of the same memory: named by `cache_rows`, the forward would copy these rows at every step.
+        if width == self.max_batch_size:
+            return self._cache
+        view = copy(self._cache)
+        view.batch_size, view.keys, view.values = width, self._cache.keys[:, :width], self._cache.values[:, :width]
+        return view
 
     def _copy_rows(self, sources: list[int], targets: list[int], length: int) -> None:
         for slots in (self._cache.keys, self._cache.values):  # (L, B, K, slots, Dh)

@@ -19,6 +19,7 @@ from minimind.errors import ConfigError
 
 _MASK = (1 << 64) - 1
 _STEP = 0x9E3779B97F4A7C15
+_TOP_P_GUESS = 128
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
@@ -31,7 +32,7 @@ class SamplingParams:
     top_k: int = 0
     """Keep the k most likely tokens (and ties with the k-th); 0 keeps all."""
     top_p: float = 1.0
-    """Keep the smallest set of most likely tokens whose probability is at least p; 1 keeps all."""
+    """Keep the smallest set of most likely tokens (and ties) whose probability is at least p; 1 keeps all."""
     min_p: float = 0.0
     """Keep tokens at least this fraction as likely as the most likely one."""
     repetition_penalty: float = 1.0
@@ -156,19 +157,28 @@ def truncate(scaled: Float[Tensor, "B V"], params: RowParams) -> Float[Tensor, "
             limit = largest[:, -1:]
         scaled = scaled.masked_fill(scaled < limit, -math.inf)
     if params.top_p is not None:
-        ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
-        probs = ordered.softmax(dim=-1)
-        before = probs.cumsum(dim=-1, dtype=_precise(scaled.device)) - probs  # mass of the more likely tokens
-        drop = before >= params.top_p
-        if isinstance(params.top_p, Tensor):
-            drop &= params.top_p < 1
-        drop[:, 0] = False
-        scaled = scaled.masked_fill(torch.zeros_like(drop).scatter_(1, order, drop), -math.inf)
+        scaled = scaled.masked_fill(scaled < _top_p_limit(scaled, params.top_p), -math.inf)
     if params.min_p is not None:
         top = scaled.amax(dim=-1, keepdim=True)
         log_min = params.min_p.log() if isinstance(params.min_p, Tensor) else math.log(params.min_p)
         scaled = scaled.masked_fill(scaled < top + log_min, -math.inf)
     return scaled
+
+
+def _top_p_limit(scaled: Tensor, top_p: Tensor | float) -> Tensor:
+    """Return (B, 1): the smallest logit inside the smallest set of most likely tokens with mass `top_p`."""
+    log_total = scaled.logsumexp(dim=-1, keepdim=True)
+    closed = top_p >= 1 if isinstance(top_p, Tensor) else torch.zeros_like(log_total, dtype=torch.bool)
+    limit = torch.zeros_like(log_total)
+    # A full sort is slow, and the set is nearly always among the first tokens.
+    for k in (min(_TOP_P_GUESS, scaled.shape[-1]), scaled.shape[-1]):
+        largest = scaled.topk(k, dim=-1).values  # (B, k), descending
+        probs = (largest - log_total).exp().to(_precise(scaled.device))
+        is_kept = probs.cumsum(dim=-1) - probs < top_p  # mass of the more likely tokens
+        limit = largest.masked_fill(~is_kept, math.inf).amin(dim=-1, keepdim=True)
+        if (closed | ~is_kept[:, -1:]).all():
+            break
+    return limit.masked_fill(closed, -math.inf)
 
 
 def key_of(seed: int) -> int:

@@ -96,9 +96,22 @@ def test_top_p_keeps_the_smallest_set_with_mass_p(logits: list[float], p: float,
     kept = truncate(scaled, RowParams.of([SamplingParams(top_p=p)], CPU)).isfinite()[0].numpy()
     probs = softmax(scaled[0].double().numpy())
     mass, least = probs[kept].sum(), probs[kept].min()
+    tied = probs[kept][probs[kept] <= least * (1 + 1e-5)].sum()
     assert mass >= p - 1e-6
-    assert mass - least < p + 1e-6 or kept.sum() == 1  # without its least likely token it would not do
+    assert mass - tied < p + 1e-6  # without its least likely token (and ties) it would not do
     assert kept.all() or probs[~kept].max() <= least + 1e-7
+
+
+def test_top_p_is_the_same_whether_the_set_is_found_at_once_or_by_sorting_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(8, 300, generator=torch.Generator().manual_seed(3)) * torch.linspace(0.1, 4, 8)[:, None]
+    params = RowParams.of([SamplingParams(top_p=p) for p in (0.5, 0.9, 0.99, 1.0, 0.1, 0.7, 0.95, 0.999)], CPU)
+    quick = truncate(logits, params)
+    monkeypatch.setattr("minimind.inference.sampling._TOP_P_GUESS", 300)
+    assert torch.equal(quick, truncate(logits, params))
+    monkeypatch.setattr("minimind.inference.sampling._TOP_P_GUESS", 1)
+    assert torch.equal(quick, truncate(logits, params))
+    assert quick[3].isfinite().all()
+    assert not quick[0].isfinite().all()
 
 
 @given(st.lists(st.floats(-8, 8, width=32), min_size=2, max_size=40), st.integers(1, 50))
