@@ -2,12 +2,12 @@
 
     loss of a step = sum of loss_sum over micro-batches and ranks / their weight + mean of the model's aux_loss
 
-The divisor is known before the forward, so the split into micro-batches and ranks changes nothing but memory (`step.py`).
-A step is counted when its update is done. Whatever a run needs to go on bit for bit is in its checkpoint.
+The divisor is known before the forward, so the split into micro-batches and ranks changes memory only (`step.py`). A
+step is counted when its update is done. Whatever a run needs to go on bit for bit is in its checkpoint.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,6 +20,7 @@ from minimind.config import check, to_dict
 from minimind.model.config import ModelConfig
 from minimind.runtime import distributed
 from minimind.runtime.device import peak_memory_bytes, pick_device, pick_dtype
+from minimind.runtime.integrity import sha256_of_tensors
 from minimind.runtime.log import add_file, get_logger, remove_file
 from minimind.runtime.seed import rng_state, seed_all, set_rng_state
 from minimind.training.config import LoopConfig, OptimConfig
@@ -126,16 +127,16 @@ def fit(
 
         def look_up() -> None:
             """Validate and sample where that is due; a signal cuts it short, and the resumed run does it again."""
-            is_end = at.step in (0, loop.steps)
-            with clock.stopped(), contextlib.suppress(Cut), training.undisturbed():
+            is_end, is_alone = at.step in (0, loop.steps), distributed.world_size() == 1
+            with clock.stopped(), contextlib.suppress(Cut):
                 if validate and (is_end or _is_due(loop.eval_every, at.step)):
-                    with signals.cuttable(enabled=distributed.world_size() == 1):
+                    with training.undisturbed(), signals.cuttable(enabled=is_alone):
                         numbers = validate()
                     metrics.write({"step": at.step, **numbers})
                     display.say({"step": at.step, **numbers})
                     at.newest |= numbers
-                if sample and (is_end or _is_due(loop.sample_every, at.step)):
-                    with signals.cuttable(enabled=distributed.world_size() == 1):
+                if sample and loop.sample_every and (is_end or _is_due(loop.sample_every, at.step)):
+                    with training.undisturbed(), signals.cuttable(enabled=is_alone):
                         rows = sample(at.step)
                     run.append_samples({"step": at.step, **row} for row in rows)
                 at.looked_step = at.step
@@ -252,13 +253,13 @@ class _Training:
 
     def result(self) -> FitResult:
         """Return what the run has come to."""
-        digest = checkpoint.state_hash(self.model.state_dict_for_disk(), self.optimizer.state_dict())
+        digest = sha256_of_tensors(self.model.state_dict_for_disk(), self.optimizer.state_dict())
         where = self.run.path / "checkpoints" / f"step-{self.at.step:06d}"
         _log.info("done: %s  state %s", where, digest)
         return FitResult(self.at.step, self.at.tokens, self.at.seconds, self.at.newest, where, digest)
 
     @contextlib.contextmanager
-    def undisturbed(self) -> Iterator[None]:
+    def undisturbed(self) -> Generator[None]:
         """Let the block use the model and random numbers without any effect on training."""
         before = rng_state()
         self.model.eval()
@@ -281,14 +282,13 @@ class _Training:
         return {"steps": self.loop.steps, "seed": self.loop.seed, "dtype": self.loop.dtype, **to_dict(self.optim)}
 
     def _is_compiled(self) -> bool:
-        flops = 0.0
-        if self.loop.compile == "auto" and self.device.type == "cpu" and self.batches.prefetch:
+        flops, steps_left = 0.0, self.loop.steps - self.at.step
+        if self.batches.prefetch and steps_left > 0:
             first = self.batches.micro_batches(self.at.step)
-            tokens = sum(batch.input_ids.numel() for batch in first) * (self.loop.steps - self.at.step)
+            tokens = steps_left * sum(batch.input_ids.numel() for batch in first)
             flops = tokens * self.model_config.flops_per_token(first[0].input_ids.shape[1])
-        return is_compiling_worth_it(
-            self.loop.compile, self.device, num_parameters=self.model_config.num_parameters()[0], flops=flops
-        )
+        num_parameters = self.model_config.num_parameters()[0]
+        return is_compiling_worth_it(self.loop.compile, self.device, num_parameters=num_parameters, flops=flops)
 
 
 def _is_due(every: int, step: int) -> bool:

@@ -1,4 +1,4 @@
-"""Where numbers go: metrics.jsonl always, and trackers that can fail without harm. It does not know what the numbers mean."""
+"""Where numbers go: metrics.jsonl always, and trackers that may fail without harm. What they mean it does not know."""
 
 import importlib
 import os

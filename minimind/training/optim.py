@@ -82,7 +82,7 @@ class Optimizer:
         if own.keys() != state.keys() or any(own[name].shape != state[name].shape for name in own):
             odd = sorted(own.keys() ^ state.keys()) or [n for n in sorted(own) if own[n].shape != state[n].shape]
             raise CheckpointError(
-                f"the checkpoint's optimizer state is not that of {self.config.name}: it differs in {len(odd)} tensors, "
+                f"the checkpoint's optimizer state is not that of {self.config.name}: {len(odd)} tensors differ, "
                 f"the first is {odd[0]}; train with the optimizer it was made with, or start again with --fresh"
             )
         for part in self.parts:
@@ -90,7 +90,7 @@ class Optimizer:
 
 
 class AdamW:
-    """torch.optim.AdamW (arXiv 1711.05101), fused where the device has it; only matrices that are no embeddings decay."""
+    """torch.optim.AdamW (arXiv 1711.05101), fused where the device has it; only matrices but embeddings decay."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], config: OptimConfig) -> None:
         decayed = {name for name, p in parameters.items() if p.ndim >= 2 and "embed" not in name}
@@ -160,11 +160,9 @@ class Muon:
             buffer.lerp_(gradients, 1 - self.momentum)
             update = orthogonalize(gradients.lerp_(buffer, self.momentum), self.dtype)
             lr = self.lr * factor
-            if self.weight_decay:
-                torch._foreach_mul_(matrices, 1 - lr * self.weight_decay)
             scale = max(1.0, shape[0] / shape[1]) ** 0.5
-            parts = update.float().split([len(m) for m in matrices])
-            torch._foreach_add_(matrices, parts, alpha=-lr * scale)
+            for matrix, part in zip(matrices, update.float().split([len(m) for m in matrices]), strict=True):
+                matrix.mul_(1 - lr * self.weight_decay).add_(part, alpha=-lr * scale)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return `muon.momentum/NAME`, views of the stacked buffers in the shapes of the parameters."""
@@ -200,7 +198,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype, *, steps: int = NEWTON_S
 
 
 class LossScaler:
-    """Dynamic scaling of the loss for float16, whose gradients would underflow (arXiv 1710.03740); 1.0 and inert otherwise."""
+    """Dynamic scaling of the loss for float16, whose gradients would underflow (arXiv 1710.03740); else inert at 1."""
 
     GROWTH_STEPS = 2000
     SMALLEST = 2.0**-14

@@ -5,7 +5,6 @@
 It knows names and files; what is in a checkpoint is minimind.checkpoint's matter.
 """
 
-import fcntl
 import os
 import platform
 import subprocess
@@ -22,6 +21,11 @@ from minimind.errors import ConfigError
 from minimind.runtime import distributed
 from minimind.runtime.log import get_logger
 from minimind.training.metrics import truncate_after
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 _log = get_logger("run")
 LOCK = ".lock"
@@ -56,7 +60,7 @@ class RunDirectory:
         return self.path / "config.toml"
 
     def __enter__(self) -> Self:
-        """Own the directory until the end of the block. Raises ConfigError, naming the process, when another one does."""
+        """Own the directory until the end of the block. Raises ConfigError, naming the process, if another one does."""
         if self._depth == 0 and distributed.is_main():
             self._acquire()
         self._depth += 1
@@ -93,7 +97,7 @@ class RunDirectory:
             truncate_after(self.samples, step)
 
     def start_afresh(self) -> Path | None:
-        """Move everything of an earlier run aside, to `previous-N` inside the directory; None when there was nothing."""
+        """Move everything of an earlier run aside, into `previous-N` here, and return that; None without one."""
         with self:
             if not distributed.is_main() or not self.path.exists():
                 return None
@@ -117,18 +121,20 @@ class RunDirectory:
         except OSError as error:
             raise ConfigError(f"{self.path}: cannot be a run directory ({error}); give another --out") from error
         try:
+            if fcntl is None:
+                raise OSError("no fcntl")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            owner = os.pread(self._lock, 64, 0).decode(errors="replace").strip() or "unknown"
+            owner = os.read(self._lock, 64).decode(errors="replace").strip() or "unknown"
             os.close(self._lock)
             self._lock = None
             raise ConfigError(
-                f"{self.path}: process {owner} is training in this directory; wait for it, stop it, or give another --out"
+                f"{self.path}: process {owner} is training here; wait for it, stop it, or give another --out"
             ) from None
         except OSError as error:
-            _log.warning("%s: this file system cannot lock (%s); start no second run here", self.path, error)
+            _log.warning("%s: this system cannot lock (%s); start no second run here", self.path, error)
         os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+        os.write(self._lock, f"{os.getpid()}\n".encode())
 
     def _write(self, path: Path, content: bytes) -> None:
         self.path.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""Learning rate over a run, as pure functions of the step. They know no optimizer: each returns a factor of the highest rate.
+"""Learning rate over a run, as pure functions of the step: each returns a factor of the highest rate.
 
-`step` is the number of updates made before the one in question: 0 for the first, `steps - 1` for the last.
+They know no optimizer. `step` is the number of updates made before the one in question: from 0 to `steps - 1`.
 """
 
 import math

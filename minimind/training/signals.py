@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Self
 
@@ -40,8 +40,8 @@ class Signals:
             signal.signal(number, handler)
 
     @contextlib.contextmanager
-    def cuttable(self, *, enabled: bool) -> Iterator[None]:
-        """Let a signal end the block by raising Cut: for validation and samples, which may take long and change nothing."""
+    def cuttable(self, *, enabled: bool) -> Generator[None]:
+        """Let a signal end the block by raising Cut: for validation and samples, which change nothing."""
         self._is_cuttable = enabled
         try:
             if enabled and self.received:

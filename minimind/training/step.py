@@ -91,7 +91,7 @@ class Stepper:
         if is_finite:
             coefficient = (min(1.0, self.config.clip / (norm + 1e-6)) if self.config.clip else 1.0) / scale
             if coefficient != 1.0:
-                torch._foreach_mul_(gradients, coefficient)
+                torch._foreach_mul_(gradients, coefficient)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage] - one kernel
             self.optimizer.step(factor)
         self.optimizer.zero_grad()
         lr = factor * (self.config.muon_lr if self.config.name == "muon" else self.config.lr)
@@ -152,8 +152,8 @@ class Stepper:
         stem.with_suffix(".json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
         distributed.barrier()
         raise DivergedError(
-            f"step {step + 1}: loss {loss}, gradient norm {norm}. No weight was changed; the batch is kept in {stem}.safetensors. "
-            f"Look at it, or lower the learning rate, and run the same command: it resumes from the last checkpoint"
+            f"step {step + 1}: loss {loss}, gradient norm {norm}. No weight was changed; the batch is kept "
+            f"in {stem}.safetensors. Look at it, or lower the learning rate; the same command resumes the last checkpoint"
         )
 
 
@@ -164,7 +164,8 @@ def is_compiling_worth_it(mode: str, device: torch.device, *, num_parameters: in
     """
     if mode != "auto":
         return mode == "on"
+    if not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
+        return False  # both back ends call one
     if device.type == "cuda":
         return True
-    has_compiler = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
-    return device.type == "cpu" and has_compiler and num_parameters >= 10_000_000 and 0.2 * flops / 1e11 > 2 * 60
+    return device.type == "cpu" and num_parameters >= 10_000_000 and 0.2 * flops / 1e11 > 2 * 60
