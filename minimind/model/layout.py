@@ -133,7 +133,9 @@ def cached(
     return Layout(mask=mask, access=access), positions
 
 
-def documents_of_mask(attention_mask: Int[Tensor, "B T"]) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+def documents_of_mask(
+    attention_mask: Int[Tensor, "B T"] | Bool[Tensor, "B T"],
+) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
     """Return (documents, positions) of rows padded left or right: one document, counted from its first real token."""
     real = attention_mask.bool()
     documents = torch.where(real, 0, PAD_DOCUMENT)

@@ -123,7 +123,7 @@ class Transformer(nn.Module):
         *,
         positions: Int[Tensor, "rows T"] | None = None,
         documents: Int[Tensor, "B T"] | None = None,
-        attention_mask: Int[Tensor, "B T_mask"] | None = None,
+        attention_mask: Int[Tensor, "B T_mask"] | Bool[Tensor, "B T_mask"] | None = None,
         cache: KVCache | None = None,
         cache_rows: Int[Tensor, " B"] | None = None,
         labels: Int[Tensor, "B T"] | None = None,

@@ -4,6 +4,8 @@ From hidden states and head, in chunks of tokens, so that (B, T, V) logits never
 backward. `reference_log_probs` is the definition. Which tokens matter is the caller's knowledge.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -27,7 +29,8 @@ def token_log_probs(
     The softmax is over the whole vocabulary: a behaviour policy that samples at this temperature without top-k has
     exactly these log-probabilities. Labels at positions that do not matter must still be valid ids (0 will do).
     """
-    return _in_chunks(hidden, head, labels, temperature, chunk)[0]
+    (log_probs,) = _in_chunks(_log_probs_of_chunk, hidden, head, labels, temperature, chunk)
+    return log_probs
 
 
 def token_log_probs_and_entropy(
@@ -39,7 +42,8 @@ def token_log_probs_and_entropy(
     chunk: int = CHUNK,
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
     """Return (log-probabilities, entropy of the distribution at each position in nats), both differentiable."""
-    return _in_chunks(hidden, head, labels, temperature, chunk)
+    log_probs, entropy = _in_chunks(_both_of_chunk, hidden, head, labels, temperature, chunk)
+    return log_probs, entropy
 
 
 def reference_log_probs(
@@ -55,26 +59,36 @@ def reference_log_probs(
     return chosen, -(log_probs.exp() * log_probs).sum(-1)
 
 
-def _in_chunks(hidden: Tensor, head: Tensor, labels: Tensor, temperature: float, chunk: int) -> tuple[Tensor, Tensor]:
+def _in_chunks(
+    of_chunk: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, ...]],
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    temperature: float,
+    chunk: int,
+) -> tuple[Tensor, ...]:
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}; log-probabilities need one above 0")
     flat_hidden, flat_labels = hidden.flatten(0, 1), labels.flatten()  # (N, D), (N,)
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
-    parts: list[tuple[Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, ...]] = []
     for start in range(0, flat_labels.shape[0], chunk):
         arguments = (flat_hidden[start : start + chunk], head, flat_labels[start : start + chunk], temperature)
         if needs_grad:  # keep (n, D) for the backward instead of (n, V)
-            parts.append(checkpoint(_of_chunk, *arguments, use_reentrant=False, preserve_rng_state=False))
+            parts.append(checkpoint(of_chunk, *arguments, use_reentrant=False, preserve_rng_state=False))
         else:
-            parts.append(_of_chunk(*arguments))
-    log_probs, entropies = (torch.cat(column).view(labels.shape) for column in zip(*parts, strict=True))
-    return log_probs, entropies
+            parts.append(of_chunk(*arguments))
+    return tuple(torch.cat(column).view(labels.shape) for column in zip(*parts, strict=True))
 
 
-def _of_chunk(hidden: Tensor, head: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _log_probs_of_chunk(hidden: Tensor, head: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor]:
+    logits = F.linear(hidden, head).float() / temperature  # (n, V)
+    return (logits.gather(-1, labels[:, None])[:, 0] - logits.logsumexp(-1),)
+
+
+def _both_of_chunk(hidden: Tensor, head: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     logits = F.linear(hidden, head).float() / temperature  # (n, V)
     normaliser = logits.logsumexp(-1)  # (n,)
     log_probs = logits.gather(-1, labels[:, None])[:, 0] - normaliser
     # H = log Z - sum_v p_v z_v
-    entropy = normaliser - (logits.softmax(-1) * logits).sum(-1)
-    return log_probs, entropy
+    return log_probs, normaliser - (logits.softmax(-1) * logits).sum(-1)

@@ -33,7 +33,7 @@ CONFIGS = SIBLINGS | {
     "unnormalised": replace(SIBLINGS["v3-moe"], norm_topk_prob=False),
     "yarn": replace(SIBLINGS["small"], rope_scaling="yarn", yarn_factor=8.0, original_max_position_embeddings=32),
     "yarn qwen3": replace(
-        CONFIGS["v3"], rope_scaling="yarn", yarn_factor=4.0, original_max_position_embeddings=64, rope_theta=1e4
+        SIBLINGS["v3"], rope_scaling="yarn", yarn_factor=4.0, original_max_position_embeddings=64, rope_theta=1e4
     ),
 }
 FAMILIES = {"llama", "qwen3", "granitemoeshared", "mixtral", "qwen3_moe"}
