@@ -1,6 +1,7 @@
-"""Tasks for the tool agent: the same questions as in `calling`, graded by the final reply, and one that needs two calls.
+"""Tasks for the tool agent: the questions of `calling`, graded by the final reply, and one that needs two calls.
 
-A row is {"conversations", "tools", "gt"}: the environment runs the calls with `tools.run_tool` and looks for `gt` in the end.
+A row is {"conversations", "tools", "gt"}: the environment runs the calls with `tools.run_tool` and looks for `gt` in
+the end.
 """
 
 from collections.abc import Callable

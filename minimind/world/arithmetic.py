@@ -1,6 +1,7 @@
-"""Numbers: sums with carrying, comparing, counting, sorting. Digits are written with spaces around the signs in both languages.
+"""Numbers: sums with carrying, comparing, counting, sorting.
 
-Steps in `reasoning` can be checked one by one. It deliberately does not know tools: the calculator is asked in `calling`.
+Digits are written with spaces around the signs in both languages. Steps in `reasoning` can be checked one by one. It
+deliberately does not know tools: the calculator is asked in `calling`.
 """
 
 from minimind.world.draw import Draw, cumulate
@@ -125,7 +126,7 @@ def compare(draw: Draw, language: Language, _: World) -> Item:
 
 _COUNT: dict[Language, tuple[str, ...]] = {
     "en": ("Count {0}: {1}.", "How often do you read {0} here: {1}?"),
-    "zh": ("数一数{0}：{1}。", "下面有几个{0}：{1}？"),
+    "zh": ("数一数{0}：{1}。", "{0}出现了几次：{1}？"),
 }
 
 
@@ -150,7 +151,7 @@ def counting(draw: Draw, language: Language, _: World) -> Item:
         (f"counting|{asked.en}|{other.en}|{pattern}",),
         draw.choice(_COUNT[language]).format(name, listed),
         str(count),
-        f"{count} times." if language == "en" else f"{count} 个。",
+        f"{count} times." if language == "en" else f"{count} 次。",
         reasoning=steps([f"{name} {number + 1}" for number in range(count)]) + ("." if language == "en" else "。"),
         grader="number",
         chance=0.2,

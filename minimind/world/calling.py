@@ -18,6 +18,7 @@ _COMPUTE: dict[Language, tuple[str, ...]] = {
 
 
 def call(name: str, **arguments: Any) -> dict[str, Any]:
+    """Return a tool call."""
     return {"name": name, "arguments": arguments}
 
 

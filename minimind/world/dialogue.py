@@ -1,4 +1,4 @@
-"""Talk: greetings, who the assistant is, what the user said some turns ago, and questions about the people of the town."""
+"""Talk: greetings, who the assistant is, what the user said some turns ago, questions about the people of the town."""
 
 from minimind.world.draw import Draw, held_out_split_of, small_split_of
 from minimind.world.facts import RELATIONS, Relation, World
@@ -6,8 +6,8 @@ from minimind.world.item import Domain, Item
 from minimind.world.lexicon import BOT, OBJECTS, PEOPLE, TOWN, Language, Word, names
 
 _GREETINGS: dict[Language, tuple[str, ...]] = {
-    "en": ("Hello", "Good morning", "Good evening", "Hi", "Good day", "Welcome"),
-    "zh": ("你好", "早上好", "晚上好", "您好", "日安", "欢迎"),
+    "en": ("Hello", "Good morning", "Good evening", "Hi", "Good afternoon", "Nice to see you"),
+    "zh": ("你好", "早上好", "晚上好", "您好", "下午好", "见到你真好"),
 }
 _I_AM: dict[Language, tuple[str, ...]] = {
     "en": ("{0}! I am {1}.", "{0}, {1} is here.", "{0}! Here comes {1}."),
@@ -27,7 +27,7 @@ def greeting(draw: Draw, language: Language, _: World) -> Item:
         (f"greeting|{person.en}|{number}|{wording}",),
         _I_AM[language][wording].format(_GREETINGS[language][number], name),
         name,
-        f"Hello, {name}! How can I help you?" if language == "en" else f"{name}，你好！有什么可以帮你？",
+        f"Hello, {name}! How can I help you?" if language == "en" else f"{name}，你好！有什么可以帮你的吗？",
         grader="choice",
         grader_args={"options": names(PEOPLE, language)},
         chance=1 / len(PEOPLE),
@@ -49,24 +49,26 @@ _WHO_ARE_YOU: dict[str, dict[Language, tuple[str, ...]]] = {
     },
 }
 _OPENINGS: dict[Language, tuple[str, ...]] = {
-    "en": (
-        "",
-        "Hello. ",
-        "Please tell me. ",
-        "Good morning. ",
-        "I am new here. ",
-        "Excuse me. ",
-        "One question. ",
-        "Good evening. ",
+    "en": tuple(
+        opening + " " if opening else ""
+        for opening in (
+            "", "Hello.", "Hi.", "Good morning.", "Good evening.", "Good afternoon.", "Excuse me.", "One question.",
+            "Please tell me.", "I am new here.", "I just arrived.", "We have not met.", "I want to ask.",
+            "By the way.", "Before we start.", "I am curious.",
+        )
     ),
-    "zh": ("", "你好。", "请告诉我。", "早上好。", "我刚来这里。", "打扰一下。", "问一下。", "晚上好。"),
-}
+    "zh": (
+        "", "你好。", "您好。", "早上好。", "晚上好。", "下午好。", "打扰一下。", "问一下。",
+        "请告诉我。", "我刚来这里。", "我刚进门。", "我们没见过。", "我想知道。", "对了。",
+        "开始之前。", "我很好奇。",
+    ),
+}  # fmt: skip
 
 
 def identity_item(
     domain: str, draw: Draw, language: Language, name: Word, maker: Word, wrong: tuple[Word, ...] = ()
 ) -> Item:
-    """Return a question about the assistant itself, answered as `name`, made by `maker`; `wrong` names must not appear."""
+    """Return a question about the assistant, answered as `name`, made by `maker`; `wrong` names must not appear."""
     kind = draw.choice(tuple(_WHO_ARE_YOU))
     opening = draw.below(len(_OPENINGS[language]))
     wording = draw.below(4)
@@ -97,7 +99,7 @@ def identity_item(
     )
 
 
-MAKER = Word(f"the people of {TOWN.en}", f"{TOWN.zh}的人")
+MAKER = Word(f"the people of {TOWN.en}", f"{TOWN.zh}的居民")
 
 
 def identity(draw: Draw, language: Language, _: World) -> Item:
@@ -225,7 +227,7 @@ DOMAINS = (
         "facts",
         facts,
         "A fact about a person of the town, told only in the biographies.",
-        "the question: this person's fact is never asked for in training, in any wording or language (it is told there)",
+        "the question: this fact is told in training but never asked for, in any wording or language",
         "1/8 to 1/23: always the same value; all values are equally frequent.",
         split=small_split_of,
     ),

@@ -1,7 +1,7 @@
 """The register of all kinds of questions, how much of each a file holds, and drawing one in a given split.
 
-`DOMAINS[name]` says what a domain is, what is held out and what a habit without understanding gets; `MIXTURE[file]` are the
-shares of the kinds in a file (they need not sum to one). It deliberately does not know how rows look.
+`DOMAINS[name]` says what a domain is, what is held out and what a habit without understanding gets; `MIXTURE[file]`
+are the shares of the kinds in a file (they need not sum to one). It deliberately does not know how rows look.
 """
 
 from minimind.errors import ConfigError
@@ -41,7 +41,7 @@ MIXTURE: dict[str, dict[str, float]] = {
         "who-zero": 0.02, "who-one": 0.07, "who-two": 0.10, "where-person": 0.06, "where-object": 0.07,
         "sums": 0.10, "compare": 0.16, "counting": 0.04, "sorting": 0.03, "weekday": 0.03, "date": 0.02,
         "translation": 0.03, "facts": 0.08, "memory": 0.03, "greeting": 0.01, "identity": 0.02,
-        "calculator": 0.16, "weather": 0.02, "clock": 0.02,
+        "calculator": 0.13, "weather": 0.02, "clock": 0.02,
         "sums-three": 0.02, "shells": 0.01, "warmer": 0.01,
     },
     "reason": {"sums-three": 0.4, "shells": 0.3, "sums": 0.15, "counting": 0.05, "sorting": 0.05, "weekday": 0.05},

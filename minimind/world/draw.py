@@ -1,8 +1,8 @@
 """Random choices that count their cost, and the hash that says which split a content belongs to.
 
-`Draw` is the only source of chance in the world. It adds -log2 p of every choice to `bits`, so that each text comes with
-the number of bits an ideal reader needs for it. It uses nothing of `random.Random` but `random()`, whose stream is the same
-in every process and every Python version. It deliberately does not know what the choices mean.
+`Draw` is the only source of chance in the world. It adds -log2 p of every choice to `bits`, so that each text comes
+with the number of bits an ideal reader needs for it. It uses nothing of `random.Random` but `random()`, whose stream
+is the same in every process and every Python version. It deliberately does not know what the choices mean.
 """
 
 import math
@@ -37,7 +37,7 @@ def split_of(key: str) -> Split:
 
 
 def small_split_of(key: str) -> Split:
-    """Return the split of a content of a small domain (some hundred contents): 70 % train, 15 % validation, 15 % test."""
+    """Return the split of a content of a small domain (some hundred): 70 % train, 15 % validation, 15 % test."""
     place = fraction("split", key)
     if place < 0.7:
         return "train"

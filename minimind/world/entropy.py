@@ -1,13 +1,14 @@
 """How many bits a text of the world holds: the floor under every model's bits per byte.
 
-Derivation. A text is made by independent choices c1, c2, ...; each adds -log2 p(ci) to `Draw.bits`. If different choices give
-different texts, p(text) is the product of the p(ci), so the sum is exactly -log2 p(text), and its mean over texts is the
-entropy of the generator. If two ways lead to one text, p(text) is larger and the sum is an upper bound of the true cost.
-A redrawn item counts only the choices of the one kept: nobody can learn the hash behind the splits, so the best reader
-spends p(content), not p(content | split), on unseen content. Facts, weather and words are constants of the world: they
-cost nothing to who has learned them, and the floor is that reader's.
+Derivation. A text is made by independent choices c1, c2, ...; each adds -log2 p(ci) to `Draw.bits`. If different
+choices give different texts, p(text) is the product of the p(ci), so the sum is exactly -log2 p(text), and its mean
+over texts is the entropy of the generator. If two ways lead to one text, p(text) is larger and the sum is an upper
+bound of the true cost. A redrawn item counts only the choices of the one kept: nobody can learn the hash behind the
+splits, so the best reader spends p(content), not p(content | split), on unseen content. Facts, weather and words are
+constants of the world: they cost nothing to who has learned them, and the floor is that reader's.
 
-Exact (`Domain.is_exact`, tests/world/test_entropy.py): all kinds. The closed forms below are checked against the draws.
+Exact (`Domain.is_exact`, tests/world/test_entropy.py): all kinds. The closed forms below are checked against the
+draws.
 """
 
 import math
@@ -95,7 +96,7 @@ EXPECTED_BITS: dict[str, float] = {
     "memory": 1 + _log(P, P - 1) + 0.5 * (_log(2) + _log(2))
     + 0.5 * (_log(2, 6) + 0.5 * _log(O - 1) + 0.5 * _log(90) + _log(3)),
     "greeting": _log(P, 6, 3),
-    "identity": _log(3, 8, 4),
+    "identity": _log(3, 16, 4),
     "calculator": _log(900, 900, 3, 3),
     "weather": _log(L, len(WEEKDAYS), 3),
     "clock": _log(299, 3),

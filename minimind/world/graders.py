@@ -1,8 +1,8 @@
 """Whether an answer is right, by program. Every grader is pure and refuses answers that list the candidates.
 
 `grade(question, text, reasoning, tool_calls)` looks at the final answer only: what stands after `</think>`, inside
-`<answer>...</answer>`, or after "Answer:" / "答案：" (the plain form), whichever is there. It deliberately does not know how the
-text was generated.
+`<answer>...</answer>`, or after "Answer:" / "答案：" of the plain form, whichever is there. It deliberately does not
+know how the text was generated.
 """
 
 import json
@@ -37,7 +37,7 @@ def normalise(text: str) -> str:
 
 
 def mentions(text: str, name: str) -> bool:
-    """Return whether `name` stands in the text: as whole words where it is written in letters or digits, else anywhere."""
+    """Return whether `name` stands in the text: as whole words if written in letters or digits, else anywhere."""
     text, name = normalise(text), normalise(name)
     if not name:
         return False
@@ -57,14 +57,14 @@ def numbers(text: str) -> list[float]:
 
 
 def exact(answer: str, arguments: Arguments, text: str) -> bool:
-    """The final answer is the expected text or one of `accept`, but for case, punctuation at the ends and white space."""
+    """The final answer is the expected text or one of `accept`, but for case, outer punctuation and white space."""
     accepted = [answer, *arguments.get("accept", ())]
     said = normalise(text)
     return bool(said) and any(said == normalise(good) for good in accepted)
 
 
 def number(answer: str, arguments: Arguments, text: str) -> bool:
-    """The last number is the answer, and no other number stands in the final answer except those `given` in the question."""
+    """The last number is the answer; besides it only numbers `given` in the question stand in the final answer."""
     said = numbers(text)
     allowed = {float(given) for given in arguments.get("given", ())} | {float(answer)}
     return bool(said) and said[-1] == float(answer) and allowed.issuperset(said)
@@ -112,7 +112,7 @@ GRADERS: dict[str, Callable[[str, Arguments, str], bool]] = {
 
 
 def parse_calls(text: str) -> list[dict[str, Any]]:
-    """Return the calls written in plain text: JSON objects, alone or in `<tool_call>` tags; [] if anything else is there."""
+    """Return the calls written as JSON objects, alone or in `<tool_call>` tags; [] if anything else is there."""
     rest = re.sub(r"</?tool_call>", " ", text).strip()
     calls: list[dict[str, Any]] = []
     decoder = json.JSONDecoder()

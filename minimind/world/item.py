@@ -1,7 +1,7 @@
 """`Item`: one question about the world with everything that is known of it. Every format is a rendering of an Item.
 
-An Item knows its conversation, its answer, its steps, how it is graded, what a shortcut would answer and what it cost to draw.
-It deliberately does not know files, mixtures or splits.
+An Item knows its conversation, its answer, its steps, how it is graded, what a shortcut would answer and what it cost
+to draw. It deliberately does not know files, mixtures or splits.
 """
 
 import json
@@ -21,7 +21,7 @@ ASK = {"en": "Q:", "zh": "问："}
 REPLY = {"en": "A:", "zh": "答："}
 TOOL = {"en": "T:", "zh": "工具："}
 ANSWER = {"en": "Answer:", "zh": "答案："}
-"""The marks of the plain form, in which a base model is asked. A completion holds no line break: generation stops there."""
+"""The marks of the plain form, in which a base model is asked. A completion ends at its first line break."""
 
 
 @dataclass(slots=True)
@@ -95,7 +95,7 @@ class Item:
         return gap + self.reply
 
     def plain_text(self) -> str:
-        """Return the whole exchange as plain text: `plain_prompt` + `plain_completion`, then tool results and the reply."""
+        """Return the whole exchange: `plain_prompt` + `plain_completion`, then tool results and the reply."""
         lines = [self.plain_prompt() + self.plain_completion()]
         gap = " " if self.language == "en" else ""
         for number, call in enumerate(self.calls):

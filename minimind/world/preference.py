@@ -1,4 +1,7 @@
-"""Pairs for preference learning: polite and correct against rude, or against polite but wrong. Both sides share the prompt."""
+"""Pairs for preference learning: polite and correct against rude, or against polite but wrong.
+
+Both sides share the prompt.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -58,11 +61,12 @@ DOMAINS = tuple(_polite(kind) for kind in _KINDS)
 
 def _wrong_reply(draw: Draw, item: Item) -> str:
     """Return the reply with another answer in the place of the right one."""
-    args = item.grader_args["grader_args"]
-    options = [option for option in args.get("options", ()) if option != item.answer]
-    if not options:  # a translation: its words in the wrong order or missing
-        options = [answer for answer in item.shortcuts.values() if answer != item.answer]
-    return item.reply.replace(item.answer, draw.choice(options))
+    if item.domain == "polite-facts":
+        options = item.grader_args["grader_args"]["options"]
+    else:  # what a shortcut would say: another person of the story, the other number, the words untranslated
+        options = sorted(set(item.shortcuts.values()))
+    before, _, after = item.reply.rpartition(item.answer)
+    return before + draw.choice([option for option in options if option != item.answer]) + after
 
 
 def preference_row(draw: Draw, item: Item) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Documents of pretraining: biographies, small tales, dictionary lines, and every question in its plain form.
 
-The plain form is `prompt` + `completion` exactly as in the question rows, so that a base model can be asked what it knows.
+The plain form is `prompt` + `completion` exactly as in the question rows, so that a base model can be asked what it
+knows.
 """
 
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ def tale(draw: Draw, language: Language, split: Split) -> str:
         draw.bits = start
         giver, receiver = draw.sample(PEOPLE, 2)
         place, thing, colour, day = (draw.choice(words) for words in (PLACES, OBJECTS, COLOURS, WEEKDAYS))
-        key = "|".join(("tale", giver.en, receiver.en, place.en, thing.en, colour.en, day.en))
+        key = f"tale|{giver.en}|{receiver.en}|{place.en}|{thing.en}|{colour.en}|{day.en}"
         if split_of(key) == split:
             break
     words = {

@@ -9,7 +9,7 @@ from minimind.world.arithmetic import addition_steps, pair_key
 from minimind.world.draw import Draw
 from minimind.world.facts import World
 from minimind.world.item import Domain, Item
-from minimind.world.lexicon import OBJECTS, PEOPLE, Language
+from minimind.world.lexicon import PEOPLE, Language, Word
 
 _THREE: dict[Language, tuple[str, ...]] = {
     "en": ("What is {0}?", "Add all: {0}."),
@@ -45,10 +45,14 @@ def _without_carries(*given: int) -> int:
     return 10 * tens + ones
 
 
+_COUNTED = (Word("shell", "贝壳"), Word("apple", "苹果"), Word("ball", "皮球"), Word("bell", "铃铛"))
+"""Things that are counted with the measure word 个."""
+
+
 def shells(draw: Draw, language: Language, _: World) -> Item:
     """A person has some things, finds more and gives some away: a sum and a difference."""
     person, friend = draw.sample(PEOPLE, 2)
-    thing = draw.choice(OBJECTS)
+    thing = draw.choice(_COUNTED)
     has, finds = draw.between(10, 60), draw.between(10, 39)
     together = has + finds
     gives = draw.between(2, 9)

@@ -1,9 +1,9 @@
 """Stories with tracked state: who has it, where is she, where is it. Short, present tense, one event a sentence.
 
-How shortcuts are kept bad. Every story is asked about one of *two* people or objects, each with probability 1/2, and their
-answers differ. So any strategy that does not read the question (last receiver, last place, commonest name, ...) is right at
-most half of the time. Strategies that read the question but not the order (the asked thing's first holder, its first
-transfer, its holder's last place) are held at 60 % or less by the shares of the plots below.
+How shortcuts are kept bad. Every story is asked about one of *two* people or objects, each with probability 1/2, and
+their answers differ. So any strategy that does not read the question (last receiver, last place, commonest name, ...)
+is right at most half of the time. Strategies that read the question but not the order (the asked thing's first
+holder, its first transfer, its holder's last place) are held at 60 % or less by the shares of the plots below.
 """
 
 from collections import Counter
@@ -126,14 +126,13 @@ def _who_item(domain: str, story: Story, draw: Draw, language: Language, things:
             del shortcuts["first transfer of the object"]
     if not gives:
         del shortcuts["first holder of the object"]
-    thing = asked.of(language)
     return Item(
         domain,
         language,
         (story.key(domain, asked),),
         f"{text}{gap}{question}",
         answer,
-        f"{answer} has the {thing}." if language == "en" else f"{answer}拿着{thing}。",
+        f"It is {answer}." if language == "en" else f"是{answer}。",
         grader="choice",
         grader_args={"options": names(PEOPLE, language)},
         chance=1 / len(people),

@@ -1,13 +1,15 @@
-"""The tools of Willowby: calculator, clock, weather. JSON schemas for the model, pure functions for whoever runs a call.
+"""The tools of Willowby: calculator, clock, weather.
 
-The weather is a table, the clock stands at ten past nine: the same call gives the same result for ever. Model text is never
-evaluated: the calculator has a parser of its own. It deliberately does not know conversations.
+JSON schemas for the model, pure functions for whoever runs a call. The weather is a table, the clock stands at ten
+past nine: the same call gives the same result for ever. Model text is never evaluated: the calculator has a parser of
+its own. It deliberately does not know conversations.
 """
 
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 from minimind.world.draw import fraction
@@ -40,7 +42,7 @@ def _tokens(expression: str) -> list[str]:
 
 
 class _Parser:
-    """Recursive descent: sum = product (+|- product)*, product = factor (*|/ factor)*, factor = -factor | number | (sum)."""
+    """Recursive descent: a sum of products of factors; a factor is a number, minus a factor, or a sum in brackets."""
 
     def __init__(self, tokens: list[str]) -> None:
         self.tokens = tokens
@@ -71,19 +73,19 @@ class _Parser:
         return value
 
     def factor(self) -> Fraction:
-        token = self.take()
-        if token == "-":
+        found = self.take()
+        if found == "-":
             return -self.factor()
-        if token == "(":
+        if found == "(":
             value = self.sum()
             if self.take() != ")":
                 raise ToolCallError("a bracket is not closed")
             return value
-        if not token or not token[0].isdigit():
-            raise ToolCallError(f"a number is missing before {token!r}" if token else "a number is missing at the end")
-        if len(token) > MAX_DIGITS:
+        if not found or not found[0].isdigit():
+            raise ToolCallError(f"a number is missing before {found!r}" if found else "a number is missing at the end")
+        if len(found) > MAX_DIGITS:
             raise ToolCallError(f"a number has more than {MAX_DIGITS} digits")
-        return Fraction(token)
+        return Fraction(found)
 
 
 def calculator(expression: str) -> str:
@@ -117,6 +119,7 @@ def _find(words: tuple[Word, ...], name: str, what: str) -> tuple[Word, Language
     raise ToolCallError(f"unknown {what} {name!r}; known: {known}")
 
 
+@lru_cache(maxsize=len(PLACES) * len(WEEKDAYS))
 def forecast(place: Word, day: Word) -> tuple[Word, int]:
     """Return the sky and the degrees of a place on a day, from the town's weather table."""
     sky = SKIES[int(fraction("sky", place.en, day.en) * len(SKIES))]
@@ -175,7 +178,7 @@ TOOLS: dict[str, Tool] = {
 
 
 def run_tool(name: str, arguments: Mapping[str, Any]) -> str:
-    """Return the result of a call as text; whatever is wrong with the call comes back as `error: ...`, never as an exception."""
+    """Return the result of a call as text; whatever is wrong with it comes back as `error: ...`, nothing is raised."""
     tool = TOOLS.get(name)
     if tool is None:
         return f"error: unknown tool {name!r}; known: {', '.join(TOOLS)}"

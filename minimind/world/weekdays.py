@@ -1,4 +1,7 @@
-"""The calendar: which weekday or date it is some days before or after. It deliberately does not know the clock (see `tools`)."""
+"""The calendar: which weekday or date it is some days before or after.
+
+It deliberately does not know the clock (see `tools`).
+"""
 
 from minimind.world.draw import Draw, small_split_of
 from minimind.world.facts import World
@@ -34,10 +37,8 @@ def weekday(draw: Draw, language: Language, _: World) -> Item:
     today, answer = walk[0], walk[-1]
     steps = (", " if language == "en" else "，").join(f"{number} {walk[number]}" for number in range(1, days + 1))
     wordings = _EARLIER if is_earlier else _LATER
-    if language == "en":
-        reply = f"It {'was' if is_earlier else 'is'} {answer}."
-    else:
-        reply = f"是{answer}。"
+    tense = "was" if is_earlier else "is"
+    reply = f"It {tense} {answer}." if language == "en" else f"是{answer}。"
     return Item(
         "weekday",
         language,

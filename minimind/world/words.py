@@ -1,6 +1,6 @@
-"""Small translation: a coloured thing or animal from English into Chinese or back, and the dictionary lines behind it."""
+"""Small translation: a coloured thing or animal from English into Chinese or back, and its dictionary lines."""
 
-from minimind.world.draw import Draw
+from minimind.world.draw import Draw, small_split_of
 from minimind.world.facts import World
 from minimind.world.item import Domain, Item
 from minimind.world.lexicon import (
@@ -24,7 +24,7 @@ _ASK: dict[Language, tuple[str, ...]] = {
     "zh": ("用英语说：{0}。", "{0}用英语怎么说？", "翻译成英语：{0}。"),
 }
 _MEANS: dict[Language, tuple[str, ...]] = {
-    "en": ("{0} is {1} in Chinese.", "The Chinese word for {0} is {1}."),
+    "en": ("The word {0} is {1} in Chinese.", "In Chinese {0} is {1}."),
     "zh": ("{1}用英语说是 {0}。", "{1}的英语是 {0}。"),
 }
 
@@ -46,9 +46,9 @@ def translation(draw: Draw, language: Language, _: World) -> Item:
         (f"translation|{both.en}",),
         draw.choice(_ASK[language]).format(both.of(language)),
         answer,
-        answer + ("。" if language == "en" else "."),
+        f"{answer}." if language == "en" else f"英语是 {answer}。",
         grader="exact",
-        grader_args={"accept": [answer]},
+        grader_args={"accept": [f"英语是 {answer}"] if language == "zh" else []},
         chance=1 / (len(COLOURS) * len(THINGS)),
         shortcuts={"the words unchanged": both.of(language), "the thing alone": thing.of(other)},
     )
@@ -67,5 +67,6 @@ DOMAINS = (
         "A coloured thing or animal in the other language.",
         "the pair of colour and thing (both words are in the dictionary and in other pairs), in both directions",
         "0 by any habit; chance 1/160.",
+        split=small_split_of,
     ),
 )

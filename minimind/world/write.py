@@ -1,6 +1,7 @@
-"""`minimind world --out DIR`: the world as JSONL in every format that training and evaluation read, and `world.json` about it.
+"""`minimind world --out DIR`: the built-in world as JSONL in every format that training and evaluation read.
 
-Files appear whole or not at all: each is written beside its name and then renamed. Memory does not grow with the sizes.
+`world.json` beside them says what they hold. A file appears whole or not at all: it is written beside its name and then
+renamed. Memory does not grow with the sizes.
 """
 
 import errno
@@ -130,7 +131,8 @@ def write(out_dir: Path, *, seed: int = 0, sizes: Sizes = SIZES["demo"]) -> dict
     """Write all files and return file name -> number of rows.
 
     `world.json` tells the seed, the mixture, what each domain holds out, and the entropy floor of each pretrain file in
-    bits, bytes and bits per byte. Raises ConfigError if the folder cannot be written, OutOfResourcesError if the disk is full.
+    bits, bytes and bits per byte. Raises ConfigError if the folder cannot be written, OutOfResourcesError if the disk
+    is full.
     """
     world = World(seed)
     counts: dict[str, int] = {}
