@@ -44,7 +44,7 @@ def run(source: str) -> str:
         "{% for i in range(10**9) %}{% endfor %}",
         "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
         "{% macro f(n) %}{% if n %}{% set a = f(n - 1) %}{% set b = f(n - 1) %}{% endif %}{% endmacro %}{{ f(40) }}",
-        "{% for a in range(999) %}{% for b in range(999) %}{% for c in range(999) %}{% endfor %}{% endfor %}{% endfor %}",
+        "{% for a in range(999) %}{% for b in range(999) %}{% for c in range(9) %}{% endfor %}{% endfor %}{% endfor %}",
         "{% for a in range(99999) %}{{ 'a' * 100000 }}{% endfor %}",
         "{% include '/etc/passwd' %}",
         "{% import 'os' as os %}",
