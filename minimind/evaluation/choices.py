@@ -13,7 +13,7 @@ import torch
 
 from minimind.data import text as document
 from minimind.evaluation.questions import ChoiceQuestion
-from minimind.evaluation.tasks import Form, Record, Score, Tally
+from minimind.evaluation.tasks import Form, Record, Score, Tally, scores_of
 from minimind.model.transformer import Transformer
 from minimind.objectives.logprobs import token_log_probs
 from minimind.tokenizer.bpe import Tokenizer
@@ -31,7 +31,7 @@ def score_choices(
     questions: Sequence[ChoiceQuestion],
     *,
     form: Form = "completion",
-    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    autocast: AbstractContextManager[object] | None = None,
     on_record: Callable[[Record], object] | None = None,
 ) -> list[Score]:
     """Return two scores per (domain, language), "DOMAIN (sum)" and "DOMAIN (per byte)", in order of appearance.
@@ -80,9 +80,7 @@ def score_choices(
                         correct=chosen == question.answer,
                     )
                 )
-    seconds = time.perf_counter() - start
-    total = sum(tally.num_tokens for tally in tallies.values())
-    return [tally.score(*key, form, seconds * tally.num_tokens / total) for key, tally in tallies.items()]
+    return scores_of(tallies, form, time.perf_counter() - start)
 
 
 def pair_ids(tokenizer: Tokenizer, question: str, choice: str, form: Form) -> tuple[list[int], list[int]]:
@@ -103,7 +101,7 @@ def log_likelihoods(
     model: Transformer,
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
     *,
-    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    autocast: AbstractContextManager[object] | None = None,
     batch_tokens: int = BATCH_TOKENS,
 ) -> list[float]:
     """Return, for each (context, continuation), the sum of log p of the continuation's tokens (natural logarithm).
@@ -129,7 +127,7 @@ def log_likelihoods(
                 ids[b, : len(row)] = torch.tensor(row)
                 is_real[b, : len(row) - 1] = 1
                 is_asked[b, len(row) - 1 - num_asked : len(row) - 1] = True
-            with torch.inference_mode(), autocast():
+            with torch.inference_mode(), autocast or nullcontext():
                 output = model(ids[:, :-1].to(device), attention_mask=is_real.to(device))
                 hidden = output.hidden[is_asked.to(device)][None]  # (1, N, D)
                 log_probs = token_log_probs(hidden, output.head, ids[:, 1:][is_asked][None].to(device))

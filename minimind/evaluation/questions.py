@@ -1,9 +1,10 @@
 """Question files, read and checked: the world's rows, short answers, multiple choice. One file may hold only one kind.
 
-- the world's: `{"id", "domain", "language", "messages", "answer", "grader", "prompt"?, "tools"?, "chance"?, "shortcuts"?}`
+- the world's: `{"id", "domain", "language", "messages", "answer", "grader"}` and, where they apply, "tools", "chance",
+  "shortcuts" and the plain "prompt" (see `world.rows.question`)
 - short answer: `{"question" | "context" | "query", "answer" | "continuation"}`, judged by `short_answer`
-- multiple choice: `{"question" | "query", "choices" | "options", "answer" | "gold" | "label", "passage"?}`; the answer is
-  an index from 0, a letter, or the text of a choice
+- multiple choice: `{"question" | "query", "choices" | "options", "answer" | "gold" | "label", "passage"?}`; the
+  answer is an index from 0, a letter, or the text of a choice
 
 It does not know models: asking is `tasks`, weighing choices is `choices`.
 """

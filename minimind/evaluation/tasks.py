@@ -10,14 +10,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
+import torch
+
 from minimind.data import text as document
+from minimind.data.conversation import read_turns
+from minimind.data.messages import Reader
 from minimind.errors import DataError
 from minimind.evaluation.intervals import newcombe_interval, wilson_interval
 from minimind.inference.chat import parse
-from minimind.inference.engine import Completion, Engine
+from minimind.inference.engine import Engine
+from minimind.inference.request import Completion
 from minimind.inference.sampling import SamplingParams
+from minimind.model.transformer import Transformer
 from minimind.tokenizer.bpe import Tokenizer
-from minimind.tokenizer.chat import render
+from minimind.tokenizer.chat import Conversation, render_batch
 
 Form = Literal["chat", "completion"]
 
@@ -29,7 +35,7 @@ class Grader(Protocol):
     """Judges one answer; the question is the row."""
 
     def __call__(
-        self, question: dict[str, Any], text: str, reasoning: str = "", tool_calls: Sequence[dict[str, Any]] = ()
+        self, question: dict[str, Any], text: str, reasoning: str = "", tool_calls: Sequence[dict[str, Any]] = (), /
     ) -> bool:
         """Return whether the answer is right."""
         ...
@@ -104,48 +110,57 @@ class Tally:
 
 
 def ask(
-    engine: Engine,
+    model: Transformer,
     tokenizer: Tokenizer,
     questions: Sequence[dict[str, Any]],
     *,
     form: Form,
     grader: Grader,
     max_tokens: int | None = None,
+    batch_size: int = 64,
+    dtype: torch.dtype | None = None,
     enable_thinking: bool | None = None,
     temperature: float = 0.0,
     seed: int = 0,
     on_record: Callable[[Record], object] | None = None,
 ) -> list[Score]:
-    """Put every question to the engine's model and return one score per (domain, language), in order of appearance.
+    """Put every question to the model and return one score per (domain, language), in order of appearance.
 
     Form "chat" renders the messages and tools and lets the model write its turn; "completion" continues the plain
     `prompt` to the end of the line (for a base model; questions without one are left out). With a temperature, question
-    i is sampled with `seed + i`. Raises DataError when a prompt is too long for the engine.
+    i is sampled with `seed + i`. Raises DataError for a prompt too long for the model, or one that cannot be rendered.
     """
     if form == "completion":
         questions = [question for question in questions if question.get("prompt")]
+    if not questions:
+        return []
     start = time.perf_counter()
-    prompts = [prompt_ids(tokenizer, question, form, enable_thinking=enable_thinking) for question in questions]
-    for question, prompt in zip(questions, prompts, strict=True):
-        if len(prompt) >= engine.max_length:
-            raise DataError(
-                f"question {question['id']}: the prompt has {len(prompt)} tokens, but only {engine.max_length} positions "
-                "fit: leave it out or use a model with more positions"
-            )
     params = SamplingParams(
-        temperature=temperature,
-        stop_ids=stop_ids(tokenizer, form),
-        max_tokens=max_tokens or MAX_TOKENS[form],
+        temperature=temperature, stop_ids=stop_ids(tokenizer, form), max_tokens=max_tokens or MAX_TOKENS[form]
+    )
+    prompts = prompts_ids(tokenizer, questions, form, enable_thinking=enable_thinking)
+    limit = model.config.max_position_embeddings
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+    if len(prompts[longest]) >= limit:
+        raise DataError(
+            f"question {questions[longest]['id']}: the prompt has {len(prompts[longest])} tokens and the model "
+            f"{limit} positions: leave this question out or take a model with more"
+        )
+    engine = Engine(
+        model,
+        max_batch_size=min(batch_size, len(prompts)),
+        max_length=min(limit, len(prompts[longest]) + params.max_tokens),
+        dtype=dtype,
     )
     each = [replace(params, seed=seed + i) for i in range(len(prompts))] if temperature else params
-    completions = engine.generate(prompts, each)
     tallies: dict[tuple[str, str], Tally] = {}
-    for question, prompt, completion in zip(questions, prompts, completions, strict=True):
+    for question, prompt, completion in zip(questions, prompts, engine.generate(prompts, each), strict=True):
         output = answer_text(tokenizer, completion, form)
-        delta = parse(output) if form == "chat" else None
-        correct = (
-            grader(question, delta.content, delta.reasoning, delta.tool_calls) if delta else grader(question, output)
-        )
+        if form == "chat":
+            said = parse(output, in_reasoning=enable_thinking is True)
+            correct = grader(question, said.content, said.reasoning, said.tool_calls)
+        else:
+            correct = grader(question, output)
         tally = tallies.setdefault((question["domain"], question["language"]), Tally())
         tally.n += 1
         tally.correct += correct
@@ -167,24 +182,36 @@ def ask(
                     correct=correct,
                 )
             )
-    seconds = time.perf_counter() - start
+    return scores_of(tallies, form, time.perf_counter() - start)
+
+
+def scores_of(tallies: Mapping[tuple[str, str], Tally], form: Form, seconds: float) -> list[Score]:
+    """Return the score of each (domain, language), the wall time shared out by tokens."""
     total = sum(tally.num_tokens for tally in tallies.values())
     return [tally.score(*key, form, seconds * tally.num_tokens / total) for key, tally in tallies.items()]
 
 
-def prompt_ids(
-    tokenizer: Tokenizer, question: Mapping[str, Any], form: Form, *, enable_thinking: bool | None = None
-) -> list[int]:
-    """Return the ids that the model continues: the rendered chat up to the assistant's turn, or a document's start."""
+def prompts_ids(
+    tokenizer: Tokenizer,
+    questions: Sequence[dict[str, Any]],
+    form: Form,
+    *,
+    enable_thinking: bool | None = None,
+) -> list[list[int]]:
+    """Return the ids that the model continues: the rendered chat up to the assistant's turn, or a document's start.
+
+    Messages and tools are read as training reads them, so that a question looks as its like did there.
+    """
     if form == "completion":
-        return document.prompt_ids(tokenizer, question["prompt"])
-    return render(
-        tokenizer,
-        question["messages"],
-        tools=question.get("tools"),
-        add_generation_prompt=True,
-        enable_thinking=enable_thinking,
-    ).ids
+        return [document.prompt_ids(tokenizer, question["prompt"]) for question in questions]
+    conversations: list[Conversation] = []
+    for question in questions:
+        reader = Reader()
+        _, read = read_turns(question, reader, "messages")
+        if reader.problems:
+            raise DataError(f"question {question['id']}: {'; '.join(reader.problems)}")
+        conversations.append(Conversation(read.messages, read.tools, True, enable_thinking))
+    return [example.ids for example in render_batch(tokenizer, conversations)]
 
 
 def stop_ids(tokenizer: Tokenizer, form: Form) -> tuple[int, ...]:

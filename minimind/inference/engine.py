@@ -6,7 +6,7 @@ template, no tokenizer. It is not thread-safe: one thread calls it.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 
@@ -177,7 +177,7 @@ class Engine:
                 self._undelivered = [event for event in self._undelivered if event.request_id != request_id]
 
     @contextmanager
-    def _deciding(self) -> Iterator[None]:
+    def _deciding(self) -> Generator[None]:
         # A policy in training mode decides without dropout and is handed back as it was.
         is_training = self.model.training
         if is_training:
@@ -272,24 +272,20 @@ class Engine:
             ids[i, : lengths[i]] = leader.prompt
         positions = np.where(np.arange(width) < lengths[:, None], np.arange(width), -1)
         rows = self._to_device(np.array([leader.row for leader in leaders]))
-        last: Tensor | None = None  # (B, D), the hidden state of each prompt's last token
+        last = torch.zeros(len(leaders), self.model.config.hidden_size, dtype=self.dtype, device=self.device)  # (B, D)
         for start in range(0, width, _PREFILL_CHUNK):
             end = min(start + _PREFILL_CHUNK, width)
-            here = np.nonzero((lengths > start) & (lengths <= end))[0]
             self._cache.extent = start  # the forward raises it to `end`
-            output = self.model(
+            hidden = self.model(
                 self._to_device(ids[:, start:end]),
                 positions=self._to_device(positions[:, start:end]),
                 cache=self._cache,
                 cache_rows=rows,
-            )
-            if last is None:
-                last = output.hidden.new_zeros(len(leaders), output.hidden.shape[-1])
-            if here.size:
-                index = self._to_device(here)
-                last[index] = output.hidden[index, self._to_device(lengths[here] - 1 - start)]
-            head = output.head
-        logits = last @ head.to(last.dtype).T
+            ).hidden
+            ending = np.nonzero((lengths > start) & (lengths <= end))[0]
+            index, column = self._to_device(ending), self._to_device(lengths[ending] - 1 - start)
+            last[index] = hidden[index, column].to(last.dtype)
+        logits = last @ self.model.head.to(last.dtype).T  # (B, V)
         requests = [request for group in groups for request in group]
         if len(requests) > len(leaders):
             self._copy_rows(
