@@ -10,6 +10,7 @@ import inspect
 import json
 import re
 import sys
+import textwrap
 import tomllib
 import types
 import typing
@@ -42,7 +43,6 @@ def parse(cls: type[C], argv: Sequence[str], *, command: str, description: str =
     default = builder.build(cls, mapping)
     if builder.preset_problems:
         raise ConfigError(_report(builder.problems))
-    help_text = description or _class_summary(cls)
     wrapper = make_dataclass(
         "Options",
         [
@@ -58,7 +58,7 @@ def parse(cls: type[C], argv: Sequence[str], *, command: str, description: str =
         parsed = tyro.cli(
             wrapper,
             prog=f"minimind {command}",
-            description=help_text,
+            description=_wrapped(description, cls),
             args=list(flags),
             config=(tyro.conf.AvoidSubcommands,),
         )
@@ -67,8 +67,7 @@ def parse(cls: type[C], argv: Sequence[str], *, command: str, description: str =
             print(_report(builder.problems), file=sys.stderr)  # noqa: T201 - next to what tyro has just printed
         raise
     config = cast("C", cast("Any", parsed).values)
-    found = [*builder.problems, *_own_problems(config, "")]
-    if found:
+    if found := [*builder.problems, *_own_problems(config, "")]:
         raise ConfigError(_report(found))
     return config
 
@@ -80,9 +79,7 @@ def from_dict(cls: type[C], mapping: Mapping[str, Any], *, where: str) -> C:
     """
     builder = _Builder(cls, where)
     config = builder.build(cls, mapping)
-    found = builder.problems
-    if not builder.incomplete:
-        found = [*found, *_own_problems(config, "", where)]
+    found = builder.problems if builder.incomplete else [*builder.problems, *_own_problems(config, "", where)]
     if found:
         raise ConfigError(_report(found))
     return config
@@ -110,8 +107,7 @@ def to_toml(config: object) -> str:
 
 def check(config: object) -> None:
     """Raise one ConfigError with every problem that `config` and the dataclasses inside it report by `problems()`."""
-    found = _own_problems(config, "")
-    if found:
+    if found := _own_problems(config, ""):
         raise ConfigError(_report(found))
 
 
@@ -352,9 +348,11 @@ def _default(spec: Field[Any]) -> Any:
     return None if spec.default is MISSING else spec.default
 
 
-def _class_summary(cls: type) -> str:
-    text = inspect.getdoc(cls) or ""
-    return "" if text.startswith(f"{cls.__name__}(") else text.partition("\n\n")[0]
+def _wrapped(text: str, cls: type) -> str:
+    """Return `text` (empty: the first paragraph of `cls`'s docstring) in paragraphs of at most 80 columns."""
+    own = inspect.getdoc(cls) or ""
+    text = text or ("" if own.startswith(f"{cls.__name__}(") else own.partition("\n\n")[0])
+    return "\n\n".join(part if part.startswith(" ") else textwrap.fill(part, 80) for part in text.split("\n\n"))
 
 
 def _plain(value: Any) -> Any:

@@ -250,6 +250,14 @@ def test_help_shows_every_field_in_80_columns(capsys: pytest.CaptureFixture[str]
         assert text in shown
 
 
+def test_a_long_description_is_wrapped(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(Stage, ["--help"], command="x", description="word " * 40 + "\n\n    x = 1")
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "\n\n    x = 1\n" in shown
+
+
 names = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 numbers = st.floats(allow_nan=False)
 
