@@ -11,7 +11,7 @@ _PUBLIC = {
     "load": "minimind.checkpoint:load",
     "Engine": "minimind.inference.engine:Engine",
     "SamplingParams": "minimind.inference.sampling:SamplingParams",
-    "chat": "minimind.inference.chat:chat",
+    "chat": "minimind.stages.chat:chat",
     "ModelConfig": "minimind.model.config:ModelConfig",
     "Tokenizer": "minimind.tokenizer.bpe:Tokenizer",
 }

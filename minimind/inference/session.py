@@ -6,7 +6,7 @@
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -136,7 +136,7 @@ class ChatSession:
                 return str(message["content"])
         return None
 
-    def send(self, text: str) -> Iterator[ChatDelta]:
+    def send(self, text: str) -> Generator[ChatDelta, None, None]:
         """Yield the answer to `text` as it comes, tool rounds included; each answer ends with a `finish_reason`.
 
         Closing the iterator stops the model; what it has said stays. ConfigError when `text` cannot fit the context;
@@ -159,7 +159,7 @@ class ChatSession:
             if len(self._entries) == begin + 1:  # nothing came of it
                 del self._entries[begin:]
 
-    def _answer(self) -> Iterator[ChatDelta]:
+    def _answer(self) -> Generator[ChatDelta, None, ChatDelta]:
         """Yield one answer of the model and return it (as the value of the generator)."""
         prompt, gap = self._prompt()
         params = replace(

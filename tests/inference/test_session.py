@@ -184,11 +184,11 @@ def test_interrupting(tokenizer: Tokenizer) -> None:
     session = ChatSession(engine, tokenizer)
     answer = session.send("go")
     assert next(answer).content == "a"
-    answer.close()  # type: ignore[attr-defined]
+    answer.close()
     assert engine.closed == 1
     assert [message["content"] for message in session.messages] == ["go", "a"]
     unread = session.send("unread")
-    unread.close()  # type: ignore[attr-defined]
+    unread.close()
     assert len(session.messages) == 2
 
 
