@@ -6,6 +6,7 @@ MoE families (`mlp.gate.weight`, `mlp.experts.gate_up_proj`, `mlp.experts.down_p
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,23 +85,61 @@ def experts(
         x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
     flat = routing.experts.flatten()  # (N * A)
     order = flat.argsort(stable=True)
-    sorted_experts = flat[order]
     # Where each expert's rows end; padding (index E) stands behind the last end and is not multiplied.
-    ends = torch.searchsorted(sorted_experts, torch.arange(num_experts, device=x.device), right=True).int()
+    ends = torch.searchsorted(flat[order], torch.arange(num_experts, device=x.device), right=True).int()
     rows = x[order // num_chosen]  # (N * A, D)
-    is_real = (sorted_experts < num_experts)[:, None]
-    if routing.has_padding:  # rows that no group covers hold whatever was in memory: masked on the way in for the
-        rows = torch.where(is_real, rows, 0.0)  # gradient, on the way out for the value
-    gate, up = F.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-    inner = F.silu(gate) * up
-    if routing.has_padding:
-        inner = torch.where(is_real, inner, 0.0)
-    rows = F.grouped_mm(inner, down.transpose(1, 2), offs=ends)  # (N * A, D)
-    if routing.has_padding:
-        rows = torch.where(is_real, rows, 0.0)
+    gate, up = _grouped_product(rows, gate_up, ends, routing.has_padding).chunk(2, dim=-1)
+    rows = _grouped_product(F.silu(gate) * up, down, ends, routing.has_padding)  # (N * A, D)
     back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     rows = rows[back].view(-1, num_chosen, rows.shape[-1])  # (N, A, D)
     return (rows * routing.weights[..., None].to(rows.dtype)).sum(1)
+
+
+@torch.library.custom_op("minimind::grouped_product", mutates_args=())
+def _grouped_product(rows: Tensor, weights: Tensor, ends: Tensor, has_rest: bool) -> Tensor:
+    """Return rows[ends[e-1]:ends[e]] @ weights[e].T for every e, zeros for the rest of the rows.
+
+    An operator of our own because compiling torch's refuses every dtype but bfloat16.
+    """
+    return _without_rest(F.grouped_mm(rows, weights.mT, offs=ends), ends, has_rest)
+
+
+@torch.library.custom_op("minimind::grouped_product_backward", mutates_args=())
+def _grouped_product_backward(
+    upstream: Tensor, rows: Tensor, weights: Tensor, ends: Tensor, has_rest: bool
+) -> tuple[Tensor, Tensor]:
+    upstream = upstream.contiguous()
+    grad_rows = _without_rest(F.grouped_mm(upstream, weights, offs=ends), ends, has_rest)
+    return grad_rows, F.grouped_mm(upstream.T, rows, offs=ends)
+
+
+def _without_rest(product: Tensor, ends: Tensor, has_rest: bool) -> Tensor:
+    if has_rest:  # rows that no group covers hold whatever was in memory
+        is_rest = torch.arange(product.shape[0], device=product.device) >= ends[-1]
+        product.masked_fill_(is_rest[:, None], 0.0)
+    return product
+
+
+@_grouped_product.register_fake
+def _(rows: Tensor, weights: Tensor, _ends: Tensor, _has_rest: bool) -> Tensor:
+    return rows.new_empty(rows.shape[0], weights.shape[1])
+
+
+@_grouped_product_backward.register_fake
+def _(_upstream: Tensor, rows: Tensor, weights: Tensor, _ends: Tensor, _has_rest: bool) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(rows.shape), weights.new_empty(weights.shape)
+
+
+def _remember(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool], output: Tensor) -> None:  # noqa: ARG001 - torch's
+    ctx.save_for_backward(*inputs[:3])
+    ctx.has_rest = inputs[3]
+
+
+def _differentiate(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    return *_grouped_product_backward(upstream, *ctx.saved_tensors, ctx.has_rest), None, None
+
+
+_grouped_product.register_autograd(_differentiate, setup_context=_remember)
 
 
 def reference_experts(

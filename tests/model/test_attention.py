@@ -1,6 +1,7 @@
 """Every fast path of `attend` against the definition: softmax over the allowed keys, written out."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from minimind.model import block_attention as blocks
 from minimind.model import layout
-from minimind.model.attention import attend, reference_attention
+from minimind.model.attention import attend
 from minimind.model.block_attention import block_attention, buckets_of, rows_as_documents
 
 
@@ -31,12 +32,20 @@ def random_documents(batch: int, length: int, mean: int, padding: int) -> Tensor
     return torch.stack(rows)
 
 
-def tensors(batch: int, length: int, heads: int, kv_heads: int, size: int, dtype: torch.dtype = torch.float32):
-    made = [torch.randn(batch, length, n, size, dtype=dtype) for n in (heads, kv_heads, kv_heads)]
-    return [tensor.requires_grad_() for tensor in made]
+Three = tuple[Tensor, Tensor, Tensor]
 
 
-def outcome(function, qkv: list[Tensor], upstream: Tensor) -> list[Tensor]:
+def tensors(batch: int, length: int, heads: int, kv_heads: int, size: int, dtype: torch.dtype = torch.float32) -> Three:
+    q, k, v = (torch.randn(batch, length, n, size, dtype=dtype) for n in (heads, kv_heads, kv_heads))
+    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
+
+
+def converted(qkv: Three, to: torch.dtype, device: str = "cpu") -> Three:
+    q, k, v = (tensor.detach().to(device, to).requires_grad_() for tensor in qkv)
+    return q, k, v
+
+
+def outcome(function: Callable[[Tensor, Tensor, Tensor], Tensor], qkv: Three, upstream: Tensor) -> list[Tensor]:
     for tensor in qkv:
         tensor.grad = None
     output = function(*qkv)
@@ -60,9 +69,8 @@ CASES = {  # batch, length, heads, kv heads, head size, mean document (0: whole 
 def test_blocks_equal_the_definition(monkeypatch: pytest.MonkeyPatch, name: str, scores: int):
     monkeypatch.setattr(blocks, "SCORES", scores)
     torch.manual_seed(0)
-    *shape, mean, padding = CASES[name]
-    batch, length, heads, _, size = shape
-    qkv = tensors(*shape)
+    batch, length, heads, kv_heads, size, mean, padding = CASES[name]
+    qkv = tensors(batch, length, heads, kv_heads, size)
     if mean:
         documents = random_documents(batch, length, mean, padding)
         buckets = buckets_of(documents)
@@ -85,13 +93,10 @@ def test_blocks_in_half_precision_are_as_good_as_sdpa(dtype: torch.dtype):
     documents = random_documents(2, 160, 50, 10)
     qkv = tensors(2, 160, 4, 2, 32, dtype)
     upstream = torch.randn(2, 160, 4, 32) * (documents >= 0)[:, :, None, None]
-    exact = outcome(lambda *x: by_definition(*x, documents), [x.detach().float().requires_grad_() for x in qkv], upstream)
-    dense = layout.packed(documents, "dense")
-    fast = layout.packed(documents, "blocks")
-    errors = {}
-    for name, function in (("sdpa", reference_attention), ("blocks", attend)):
-        arranged = dense if name == "sdpa" else fast
-        results = outcome(lambda *x, f=function, a=arranged: f(*x, a), qkv, upstream)
+    exact = outcome(lambda q, k, v: by_definition(q, k, v, documents), converted(qkv, torch.float32), upstream)
+    errors: dict[str, list[Tensor]] = {}
+    for name, arranged in (("sdpa", layout.packed(documents, "dense")), ("blocks", layout.packed(documents, "blocks"))):
+        results = outcome(lambda q, k, v, to=arranged: attend(q, k, v, to), qkv, upstream)
         real = (documents >= 0)[:, :, None, None]
         errors[name] = [((a - b) * real).norm() / (b * real).norm() for a, b in zip(results, exact, strict=True)]
         assert all(tensor.dtype == dtype for tensor in results)
@@ -144,10 +149,10 @@ def test_the_operator_is_registered_correctly():
 def test_flash_over_documents_equals_the_definition():
     torch.manual_seed(0)
     documents = random_documents(2, 200, 60, 20).cuda()
-    qkv = [x.detach().cuda().bfloat16().requires_grad_() for x in tensors(2, 200, 4, 2, 64)]
+    qkv = converted(tensors(2, 200, 4, 2, 64), torch.bfloat16, "cuda")
     upstream = torch.randn(2, 200, 4, 64, device="cuda") * (documents >= 0)[:, :, None, None]
     arranged = layout.packed(documents, "varlen")
-    ours = outcome(lambda *x: attend(*x, arranged), qkv, upstream)
-    theirs = outcome(lambda *x: by_definition(*x, documents), [x.detach().float().requires_grad_() for x in qkv], upstream)
+    ours = outcome(lambda q, k, v: attend(q, k, v, arranged), qkv, upstream)
+    theirs = outcome(lambda q, k, v: by_definition(q, k, v, documents), converted(qkv, torch.float32, "cuda"), upstream)
     for mine, wanted in zip(ours[1:], theirs[1:], strict=True):
         assert (mine.float() - wanted).norm() / wanted.norm() < 0.02

@@ -20,6 +20,8 @@ def gradients(function, hidden, head, labels, weights, upstream: float):
     hidden.grad = head.grad = None
     loss_sum, correct = function(hidden, head, labels, weights)
     (loss_sum * upstream).backward()
+    assert hidden.grad is not None
+    assert head.grad is not None
     return loss_sum.detach(), correct, hidden.grad, head.grad
 
 
