@@ -114,7 +114,7 @@ def detect(data: dict[str, Any]) -> str:
         last = turns[-1] if isinstance(turns, list) and turns else None
         if isinstance(last, dict) and last.get("content", last.get("value")) == "" and not last.get("tool_calls"):
             return "prompt"
-        return "conversation"
+        return "prompt" if "answer" in data else "conversation"
     if "prompt" in data or "question" in data:
         return "conversation" if "response" in data or "completion" in data else "prompt"
     return "pretrain" if "text" in data else ""

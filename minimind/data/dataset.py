@@ -99,7 +99,9 @@ def map_file(path: Path, dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:
         raise DataError(
             f"{path}: {found}, expected {expected} bytes; delete the folder {path.parent}, it will be made again"
         )
-    return np.memmap(path, dtype=dtype, mode="r", shape=(count,)) if count else np.empty(0, dtype=dtype)
+    if not count:  # an empty file cannot be mapped
+        return np.empty(0, dtype=dtype)
+    return np.memmap(path, dtype=dtype, mode="r", shape=(count,)).view(np.ndarray)  # slices of the subclass are slow
 
 
 def prepare(

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from minimind.batch import Batch
 from minimind.data.collate import collate
-from minimind.data.order import ORDER_VERSION, global_rows
+from minimind.data.order import ORDER_VERSION, global_rows, share
 from minimind.data.packing import PackedRows
 from minimind.errors import ConfigError, DataError
 
@@ -78,7 +78,7 @@ class Loader:
 
     def _split(self, rows: npt.NDArray[np.int64]) -> Iterator[Batch]:
         largest = -(-len(rows) // self.world_size)
-        own = np.array_split(rows, self.world_size)[self.rank]
+        own = rows[share(len(rows), self.rank, self.world_size)]
         for first in range(0, largest, self.micro_rows):
             chosen = [self.rows.row(int(index)) for index in own[first : first + self.micro_rows]]
             yield collate(chosen or [[]], self.rows.row_length, self.pad_id)

@@ -125,3 +125,10 @@ def global_rows(step: int, batch_rows: int, n: int, seed: int) -> I64:
         rows[done : done + count] = permute(np.arange(index, index + count), n, epoch_key(seed, epoch))
         done += count
     return rows
+
+
+def share(count: int, rank: int, world_size: int) -> slice:
+    """Return which of `count` consecutive rows a rank takes: shares differ by one row at most, rank 0 has a largest."""
+    size, rest = divmod(count, world_size)
+    start = rank * size + min(rank, rest)
+    return slice(start, start + size + (rank < rest))
