@@ -58,7 +58,7 @@ def parse(cls: type[C], argv: Sequence[str], *, command: str, description: str =
         parsed = tyro.cli(
             wrapper,
             prog=f"minimind {command}",
-            description=_wrapped(description, cls),
+            description=_summary(description, cls),
             args=list(flags),
             config=(tyro.conf.AvoidSubcommands,),
         )
@@ -348,11 +348,14 @@ def _default(spec: Field[Any]) -> Any:
     return None if spec.default is MISSING else spec.default
 
 
-def _wrapped(text: str, cls: type) -> str:
-    """Return `text` (empty: the first paragraph of `cls`'s docstring) in paragraphs of at most 80 columns."""
-    own = inspect.getdoc(cls) or ""
-    text = text or ("" if own.startswith(f"{cls.__name__}(") else own.partition("\n\n")[0])
-    return "\n\n".join(part if part.startswith(" ") else textwrap.fill(part, 80) for part in text.split("\n\n"))
+def _summary(text: str, cls: type) -> str:
+    """Return the first paragraph of `text` (or of `cls`'s docstring) in lines of at most 80 columns.
+
+    Each begins with a space: tyro joins lines that begin with a letter, and wraps none.
+    """
+    text = text or inspect.getdoc(cls) or ""
+    text = "" if text.startswith(f"{cls.__name__}(") else text.partition("\n\n")[0]
+    return textwrap.indent(textwrap.fill(text, 79), " ")
 
 
 def _plain(value: Any) -> Any:
