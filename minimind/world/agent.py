@@ -4,12 +4,11 @@ A row is {"conversations", "tools", "gt"}: the environment runs the calls with `
 the end.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from minimind.world import calling
-from minimind.world.draw import Draw, small_split_of
+from minimind.world.draw import Draw
 from minimind.world.facts import World
 from minimind.world.item import Domain, Item, tool_schemas
 from minimind.world.lexicon import PLACES, SKIES, WEEKDAYS, Language, Word, names
@@ -48,13 +47,12 @@ def warmer(draw: Draw, language: Language, _: World) -> Item:
     )
 
 
-def _with_result(
-    name: str, make: Callable[[Draw, Language, World], Item], grader: str
-) -> Callable[[Draw, Language, World], Item]:
-    """Return the same question, answered by the result of its call instead of by the call."""
+def _with_result(asked: Domain, grader: str, about: str) -> Domain:
+    """Return the domain with the same questions and splits, answered by the result of the call, not by the call."""
+    name = f"agent-{asked.name}"
 
     def make_agent_item(draw: Draw, language: Language, world: World) -> Item:
-        item = make(draw, language, world)
+        item = asked.make(draw, language, world)
         result = run_tool(item.calls[0]["name"], item.calls[0]["arguments"])
         args: dict[str, Any] = {}
         if grader == "number":
@@ -63,7 +61,7 @@ def _with_result(
             args = {"any": [result], "none": [sky for sky in names(SKIES, language) if sky not in result]}
         return replace(item, domain=name, answer=result, grader=grader, grader_args=args, chance=0.0, shortcuts={})
 
-    return make_agent_item
+    return replace(asked, name=name, make=make_agent_item, about=about, weak="0: the tool must be asked.", set="agent")
 
 
 def agent_row(item: Item) -> dict[str, Any]:
@@ -80,32 +78,12 @@ def agent_row(item: Item) -> dict[str, Any]:
     }
 
 
+_CALCULATOR, _WEATHER_CALL, _CLOCK_CALL = calling.DOMAINS
+
 DOMAINS = (
-    Domain(
-        "agent-calculator",
-        _with_result("agent-calculator", calling.calculator, "number"),
-        "The calculator's result in the final reply.",
-        "the pair of operands",
-        "0.",
-        set="agent",
-    ),
-    Domain(
-        "agent-weather",
-        _with_result("agent-weather", calling.weather, "contains"),
-        "The weather in the final reply.",
-        "the place together with the day",
-        "always the same sky and degrees: below 1/20.",
-        set="agent",
-        split=small_split_of,
-    ),
-    Domain(
-        "agent-clock",
-        _with_result("agent-clock", calling.clock, "sequence"),
-        "The clock's time in the final reply.",
-        "the number of minutes",
-        "0.",
-        set="agent",
-    ),
+    _with_result(_CALCULATOR, "number", "The calculator's result in the final reply."),
+    _with_result(_WEATHER_CALL, "contains", "The weather in the final reply."),
+    _with_result(_CLOCK_CALL, "sequence", "The clock's time in the final reply."),
     Domain(
         "warmer",
         warmer,

@@ -31,6 +31,7 @@ def greeting(draw: Draw, language: Language, _: World) -> Item:
         grader="choice",
         grader_args={"options": names(PEOPLE, language)},
         chance=1 / len(PEOPLE),
+        shortcuts={"the user's words": _GREETINGS[language][number] + ", " + name},
     )
 
 
@@ -89,7 +90,8 @@ def identity_item(
     return Item(
         domain,
         language,
-        (f"{domain}|{opening}|{kind}|{wording}",),
+        # One name for both domains: the LoRA rows must not show the test questions of `identity` either.
+        (f"identity|{opening}|{kind}|{wording}",),
         _OPENINGS[language][opening] + _WHO_ARE_YOU[kind][language][wording],
         answer,
         replies[kind],
@@ -252,7 +254,7 @@ DOMAINS = (
         greeting,
         "A greeting by name.",
         "the name together with the greeting and its wording",
-        "1/24: always the same name.",
+        "1: saying the greeting back. This measures manners, not understanding.",
     ),
     Domain(
         "identity",

@@ -88,7 +88,7 @@ EXPECTED_BITS: dict[str, float] = {
     "counting": _log(O, O - 1, 5, 4, 2)
     + sum(math.log2(math.comb(count + rest, rest)) for count in range(1, 6) for rest in range(1, 5)) / 20,
     "sorting": _log(90, 89, 88, 2),
-    "weekday": _log(7, 9, 2, 2),
+    "weekday": _log(7, 8, 2, 2),
     "date": _log(12, 9, 2) + sum(math.log2(28 - days) for days in range(1, 10)) / 9,
     "translation": _log(len(COLOURS), len(OBJECTS) + len(ANIMALS), 3),
     "facts": _log(P, len(RELATIONS), 3),

@@ -9,6 +9,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 Arguments = Mapping[str, Any]
@@ -36,18 +37,24 @@ def normalise(text: str) -> str:
     return text.strip(" .,;:!?。、，；：！？\"'“”‘’")
 
 
-def mentions(text: str, name: str) -> bool:
-    """Return whether `name` stands in the text: as whole words if written in letters or digits, else anywhere."""
-    text, name = normalise(text), normalise(name)
+@lru_cache(maxsize=4096)
+def _pattern(name: str) -> re.Pattern[str] | None:
+    name = normalise(name)
     if not name:
-        return False
+        return None
     before = r"(?<![0-9a-z])" if re.match(r"[0-9a-z]", name) else ""
     after = r"(?![0-9a-z])" if re.search(r"[0-9a-z]$", name) else ""
     if name[0].isdigit():  # 3.12 and -12 do not mention 12
         before = r"(?<![0-9a-z.-])"
     if name[-1].isdigit():
         after = r"(?![0-9a-z]|\.[0-9])"
-    return re.search(before + re.escape(name) + after, text) is not None
+    return re.compile(before + re.escape(name) + after)
+
+
+def mentions(text: str, name: str) -> bool:
+    """Return whether `name` stands in the text: as whole words if written in letters or digits, else anywhere."""
+    pattern = _pattern(name)
+    return pattern is not None and pattern.search(normalise(text)) is not None
 
 
 def numbers(text: str) -> list[float]:
@@ -72,8 +79,9 @@ def number(answer: str, arguments: Arguments, text: str) -> bool:
 
 def choice(answer: str, arguments: Arguments, text: str) -> bool:
     """Exactly one of `options` is mentioned, and it is the answer."""
-    options = {normalise(option) for option in arguments["options"]}
-    return {option for option in options if mentions(text, option)} == {normalise(answer)}
+    text = normalise(text)
+    said = {option for option in arguments["options"] if (found := _pattern(option)) and found.search(text)}
+    return said == {answer}
 
 
 def contains(answer: str, arguments: Arguments, text: str) -> bool:

@@ -3,12 +3,11 @@
 Both sides share the prompt.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from minimind.world import arithmetic, dialogue, stories, words
-from minimind.world.draw import Draw, Split, small_split_of, split_of
+from minimind.world.draw import Draw
 from minimind.world.facts import World
 from minimind.world.item import Domain, Item
 from minimind.world.lexicon import Language
@@ -22,19 +21,14 @@ RUDE: dict[Language, tuple[str, ...]] = {
     "zh": ("真是个傻问题。", "别来烦我。", "你傻吗？"),
 }
 
-_KINDS: dict[str, tuple[Callable[[Draw, Language, World], Item], Callable[[str], Split]]] = {
-    "facts": (dialogue.facts, small_split_of),
-    "compare": (arithmetic.compare, split_of),
-    "who-one": (stories.who_one, split_of),
-    "translation": (words.translation, split_of),
-}
+_ASKED = ("facts", "compare", "who-one", "translation")
 
 
-def _polite(kind: str) -> Domain:
-    make, split = _KINDS[kind]
+def _polite(asked: Domain) -> Domain:
+    """Return the domain with the same contents and splits, answered politely."""
 
     def make_polite(draw: Draw, language: Language, world: World) -> Item:
-        item = make(draw, language, world)
+        item = asked.make(draw, language, world)
         args = {
             "grader": item.grader,
             "grader_args": item.grader_args,
@@ -43,20 +37,24 @@ def _polite(kind: str) -> Domain:
         }
         gap = " " if language == "en" else ""
         reply = draw.choice(POLITE[language]) + gap + item.reply
-        return replace(item, domain=f"polite-{kind}", grader="polite", grader_args=args, reply=reply)
+        return replace(item, domain=f"polite-{asked.name}", grader="polite", grader_args=args, reply=reply)
 
-    return Domain(
-        f"polite-{kind}",
-        make_polite,
-        f"The questions of {kind}, answered politely and correctly.",
-        f"as in {kind}",
-        f"0 without politeness; with it as in {kind}.",
+    return replace(
+        asked,
+        name=f"polite-{asked.name}",
+        make=make_polite,
+        about=f"The questions of {asked.name}, answered politely and correctly.",
+        weak=f"0 without politeness; with it as in {asked.name}.",
         set="preference",
-        split=split,
     )
 
 
-DOMAINS = tuple(_polite(kind) for kind in _KINDS)
+DOMAINS = tuple(
+    _polite(domain)
+    for module in (dialogue, arithmetic, stories, words)
+    for domain in module.DOMAINS
+    if domain.name in _ASKED
+)
 
 
 def _wrong_reply(draw: Draw, item: Item) -> str:

@@ -8,6 +8,8 @@ from minimind.world.facts import World
 from minimind.world.item import Domain, Item
 from minimind.world.lexicon import MONTHS, WEEKDAYS, Language, names
 
+WALKS = (1, 2, 3, 4, 5, 6, 8, 9)
+"""Numbers of days of the weekday questions; not 7, which would make today the answer."""
 MOST_DAYS = 9
 _LATER: dict[Language, tuple[str, ...]] = {
     "en": ("Today is {0}. What day is it in {1}?", "It is {0}. Which day is it in {1}?"),
@@ -31,7 +33,7 @@ def _days(count: int, language: Language) -> str:
 
 def weekday(draw: Draw, language: Language, _: World) -> Item:
     """The weekday one to nine days before or after a weekday, counted day by day."""
-    start, days, is_earlier = draw.below(7), draw.between(1, MOST_DAYS), draw.flip()
+    start, days, is_earlier = draw.below(7), draw.choice(WALKS), draw.flip()
     sign = -1 if is_earlier else 1
     walk = [WEEKDAYS[(start + sign * number) % 7].of(language) for number in range(days + 1)]
     today, answer = walk[0], walk[-1]
@@ -87,8 +89,8 @@ DOMAINS = (
         "weekday",
         weekday,
         "The weekday some days before or after, counted day by day.",
-        "the weekday together with the number of days and the direction (126 contents in all)",
-        "1/7: always the same day; tomorrow 1/9.",
+        "the weekday together with the number of days and the direction (112 contents in all)",
+        "1/7: always the same day.",
         split=small_split_of,
     ),
     Domain("date", date, "The date some days later.", "month, day and number of days together", "tomorrow 1/9."),

@@ -95,7 +95,7 @@ def test_answers_agree_with_an_independent_reader(name: str, language: Language)
 def test_no_shortcut_is_good(name: str) -> None:
     right: Counter[str] = Counter()
     seen: Counter[str] = Counter()
-    total = 2500
+    total = 1500
     for item in items(name, "en", total):
         row = question(item, "x")
         assert grade(row, item.reply)
@@ -104,10 +104,10 @@ def test_no_shortcut_is_good(name: str) -> None:
             right[shortcut] += grade(row, answer)
     assert right
     for shortcut, count in right.items():
-        # 0.6 by design; 0.03 is three standard errors
-        assert count / total < 0.63, (name, shortcut, count / total)
+        # 0.6 by design; 0.04 is three standard errors
+        assert count / total < 0.64, (name, shortcut, count / total)
         if "holder" not in shortcut and "transfer" not in shortcut and "of the person" not in shortcut:
-            assert count / total < 0.53, (name, shortcut, count / total)  # does not read the question: at most 1/2
+            assert count / total < 0.54, (name, shortcut, count / total)  # does not read the question: at most 1/2
 
 
 @pytest.mark.parametrize("name", STORIES)
