@@ -135,43 +135,44 @@ class AdamW:
 
 
 class Muon:
-    """Muon over matrices (2-D parameters) and stacks of matrices (3-D: the experts of a layer)."""
+    """Muon over matrices (2-D parameters) and stacks of matrices (3-D: the experts of a layer).
+
+    Matrices of one shape, lying or standing, share one stack in which the longer side is last.
+    """
 
     def __init__(self, parameters: dict[str, nn.Parameter], config: OptimConfig) -> None:
         self.lr, self.momentum, self.weight_decay = config.muon_lr, config.momentum, config.weight_decay
-        self.by_shape: dict[tuple[int, int], dict[str, nn.Parameter]] = {}
+        self.groups: dict[tuple[int, int], dict[str, nn.Parameter]] = {}
         for name, p in parameters.items():
-            self.by_shape.setdefault((p.shape[-2], p.shape[-1]), {})[name] = p
-        self.buffers: dict[tuple[int, int], Tensor] = {
-            shape: torch.zeros(sum(p.numel() for p in group.values()) // (shape[0] * shape[1]), *shape, device=device)
-            for shape, group in self.by_shape.items()
-            for device in {p.device for p in group.values()}
-        }
+            self.groups.setdefault((min(p.shape[-2:]), max(p.shape[-2:])), {})[name] = p
         first = next(iter(parameters.values()))
-        fast = first.device.type == "cuda" or (first.device.type == "cpu" and has_native_bfloat16())
-        self.dtype = torch.bfloat16 if fast else torch.float32
+        self.buffers = {
+            shape: torch.zeros(sum(p.numel() for p in group.values()) // (shape[0] * shape[1]), *shape, device=first.device)
+            for shape, group in self.groups.items()
+        }
+        is_fast = first.is_cuda or (first.device.type == "cpu" and has_native_bfloat16())
+        is_narrow = is_fast if config.muon_dtype == "auto" else config.muon_dtype == "bfloat16"
+        self.dtype = torch.bfloat16 if is_narrow else torch.float32
 
     @torch.no_grad()
     def step(self, factor: float) -> None:
         """Update with `factor` times the highest rate."""
-        for shape, group in self.by_shape.items():
-            buffer, matrices = self.buffers[shape], [p.view(-1, *shape) for p in group.values()]
-            gradients = torch.cat([_gradient(p).view(-1, *shape) for p in group.values()])
-            buffer.lerp_(gradients, 1 - self.momentum)
-            update = orthogonalize(gradients.lerp_(buffer, self.momentum), self.dtype)
-            lr = self.lr * factor
-            scale = max(1.0, shape[0] / shape[1]) ** 0.5
-            for matrix, part in zip(matrices, update.float().split([len(m) for m in matrices]), strict=True):
-                matrix.mul_(1 - lr * self.weight_decay).add_(part, alpha=-lr * scale)
+        lr = self.lr * factor
+        for shape, group in self.groups.items():
+            gradients = torch.cat([_lying(_gradient(p)) for p in group.values()])  # (n, shorter, longer)
+            self.buffers[shape].lerp_(gradients, 1 - self.momentum)
+            update = orthogonalize(gradients.lerp_(self.buffers[shape], self.momentum), self.dtype).float()
+            for p, part in zip(group.values(), _split(update, group), strict=True):
+                rows, columns = p.shape[-2:]
+                p.mul_(1 - lr * self.weight_decay).add_(part, alpha=-lr * max(1.0, rows / columns) ** 0.5)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return `muon.momentum/NAME`, views of the stacked buffers in the shapes of the parameters."""
-        state: dict[str, Tensor] = {}
-        for shape, group in self.by_shape.items():
-            counts = [p.numel() // (shape[0] * shape[1]) for p in group.values()]
-            for (name, p), part in zip(group.items(), self.buffers[shape].split(counts), strict=True):
-                state[f"muon.momentum/{name}"] = part.view(p.shape)
-        return state
+        return {
+            f"muon.momentum/{name}": part
+            for shape, group in self.groups.items()
+            for name, part in zip(group, _split(self.buffers[shape], group), strict=True)
+        }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Copy the saved tensors into place."""
@@ -185,16 +186,13 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype, *, steps: int = NEWTON_S
     Iterated in `dtype`, in which it is returned; bfloat16 is enough, since the values are only approximately 1 anyway.
     """
     a, b, c = NEWTON_SCHULZ
-    x = matrices.to(dtype)
-    is_tall = x.shape[1] > x.shape[2]
-    if is_tall:
-        x = x.mT
+    x = _lying(matrices).to(dtype)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
-        gram = x @ x.mT  # (n, rows, rows), the smaller side
+        gram = x @ x.mT  # (n, shorter, shorter)
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
-    return x.mT if is_tall else x
+    return x if matrices.shape[1] <= matrices.shape[2] else x.mT
 
 
 class LossScaler:
@@ -236,3 +234,16 @@ def global_norm(gradients: Iterable[Tensor]) -> Tensor:
 
 def _gradient(p: nn.Parameter) -> Tensor:
     return p.grad if p.grad is not None else torch.zeros_like(p)
+
+
+def _lying(matrices: Tensor) -> Tensor:
+    """Return one matrix or a stack as (n, shorter, longer), contiguous."""
+    stack = matrices if matrices.ndim == 3 else matrices[None]
+    return stack if stack.shape[1] <= stack.shape[2] else stack.mT.contiguous()
+
+
+def _split(stack: Tensor, group: dict[str, nn.Parameter]) -> list[Tensor]:
+    """Return the parts of a stack (n, shorter, longer) that belong to the parameters, in their shapes."""
+    parts = stack.split([len(p) if p.ndim == 3 else 1 for p in group.values()])
+    turned = (part if p.shape[-2] <= p.shape[-1] else part.mT for p, part in zip(group.values(), parts, strict=True))
+    return [part if p.ndim == 3 else part[0] for p, part in zip(group.values(), turned, strict=True)]

@@ -153,7 +153,7 @@ class Stepper:
         distributed.barrier()
         raise DivergedError(
             f"step {step + 1}: loss {loss}, gradient norm {norm}. No weight was changed; the batch is kept "
-            f"in {stem}.safetensors. Look at it, or lower the learning rate; the same command resumes the last checkpoint"
+            f"in {stem}.safetensors. Look at it, or lower the learning rate; the same command resumes"
         )
 
 

@@ -20,6 +20,7 @@ from minimind.runtime import faults
 from minimind.runtime.integrity import sha256_of_tensors
 from minimind.tokenizer.bpe import Tokenizer
 
+NOT_WHILE_WRITING = ("start", "old-moved", "prune-renamed", "pruned")
 FILES = [*checkpoint.SMALL, *checkpoint.LARGE, "tokenizer_config.json", "chat_template.jinja", "MANIFEST.json"]
 
 
@@ -141,9 +142,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_damage_to_any_file_is_found(
-    save: Callable[..., Path], tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_damage_to_any_file_is_found(save: Callable[..., Path], tmp_path: Path, name: str) -> None:
     good, bad = save(1), save(2)
     whole = (bad / name).read_bytes()
     for kind, damage in DAMAGES.items():
@@ -191,7 +190,7 @@ def test_every_one_bad_is_an_error_and_changes_nothing(save: Callable[..., Path]
 def test_another_tokenizer_or_model_is_refused(save: Callable[..., Path], tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = save(1)
     (path / checkpoint.MODEL).write_bytes(b"would be found bad only after the identity")
-    with pytest.raises(CheckpointError, match="tokenizer .*, here 0000.*--fresh"):
+    with pytest.raises(CheckpointError, match=r"tokenizer .*, here 0000.*--fresh"):
         checkpoint.read_latest(tmp_path, tokenizer_sha256="0" * 64, model_config=DENSE)
     with pytest.raises(CheckpointError, match="model_type llama, here granitemoeshared"):
         checkpoint.read_latest(tmp_path, tokenizer_sha256=tokenizer.sha256, model_config=MOE)
@@ -221,7 +220,7 @@ def test_pruning_never_takes_the_last_good_one(save: Callable[..., Path], tmp_pa
 
 
 def test_failing_deletes_are_survived(
-    save: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    save: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(1)
     save(2)
@@ -266,9 +265,7 @@ def test_a_crash_at_any_point_leaves_whole_checkpoints(
     assert (tmp_path / "latest").resolve().name == "step-000004"
 
 
-@pytest.mark.parametrize(
-    "point", [p for p in checkpoint.FAULT_POINTS if p not in ("start", "old-moved", "prune-renamed", "pruned")]
-)
+@pytest.mark.parametrize("point", [p for p in checkpoint.FAULT_POINTS if p not in NOT_WHILE_WRITING])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
 def test_a_full_or_read_only_disk(
     save: Callable[..., Path], tmp_path: Path, fault: Callable[[str, Exception], None], point: str, number: int
@@ -305,11 +302,9 @@ def test_resolve_takes_runs_checkpoints_and_their_folder(save: Callable[..., Pat
 def test_resolve_says_what_exists_nearby(save: Callable[..., Path], tmp_path: Path) -> None:
     for name in ("aaa", "pretrain-2"):
         shutil.copytree(save(7).parent, tmp_path / "runs" / name / "checkpoints")
-    with pytest.raises(
-        CheckpointError, match=r"pretrain: does not exist. Runs near it: .*runs/pretrain-2, .*runs/aaa$"
-    ):
+    with pytest.raises(CheckpointError, match=r"pretrain: does not exist. Runs near it: .*/pretrain-2, .*/aaa$"):
         checkpoint.resolve(tmp_path / "runs" / "pretrain")
-    with pytest.raises(CheckpointError, match="runs: is neither.*Runs near it: .*runs/aaa"):
+    with pytest.raises(CheckpointError, match=r"runs: is neither.*Runs near it: .*runs/aaa"):
         checkpoint.resolve(tmp_path / "runs")
     (tmp_path / "note.txt").write_text("x")
     with pytest.raises(CheckpointError, match="is a file"):

@@ -68,11 +68,8 @@ class TinySource:
         if step == self.poison_step and distributed.rank() == distributed.world_size() - 1:
             weights[-1] = float("nan")
         share = self.rows // distributed.world_size()
-        first = share * distributed.rank()
-        return [
-            batch_of(ids[i : i + self.micro_rows], weights[i : i + self.micro_rows])
-            for i in range(first, first + share, min(self.micro_rows, share))
-        ]
+        size, first = min(self.micro_rows, share), share * distributed.rank()
+        return [batch_of(ids[i : i + size], weights[i : i + size]) for i in range(first, first + share, size)]
 
     def state(self) -> dict[str, Any]:
         """The fingerprint."""
@@ -144,7 +141,7 @@ def main() -> int:
             save_every=flags.save_every,
             source=source,
             config=MOE if flags.moe else DENSE,
-            optim=OptimConfig(name=flags.optim, lr=3e-3, muon_lr=0.01, warmup_steps=2),
+            optim=OptimConfig(name=flags.optim, lr=3e-3, muon_lr=0.01, muon_dtype="float32", warmup_steps=2),
         )
     except MinimindError as error:
         print(error, file=sys.stderr)
