@@ -143,7 +143,7 @@ class ChatSession:
         the conversation is then as before.
         """
         self.speed = Speed()
-        begin = len(self._entries)
+        begin, first = len(self._entries), self._first
         self._entries.append(_Entry({"role": "user", "content": text}))
         try:
             for tool_round in range(self.max_tool_rounds + 1):
@@ -158,6 +158,7 @@ class ChatSession:
         finally:
             if len(self._entries) == begin + 1:  # nothing came of it
                 del self._entries[begin:]
+                self._first = first
 
     def _answer(self) -> Generator[ChatDelta, None, ChatDelta]:
         """Yield one answer of the model and return it (as the value of the generator)."""

@@ -247,8 +247,13 @@ def _answer(session: ChatSession, console: Console, text: str) -> None:
     console.print()
 
 
-def answer_text(session: ChatSession, text: str, notes: TextIO, *, is_verbose: bool = False) -> str:
-    """Return the answer to `text` (its content only). Tool calls, and if `is_verbose` thoughts, go to `notes`."""
+def write_answer(
+    session: ChatSession, text: str, out: TextIO, notes: TextIO, *, is_verbose: bool = False, is_one_line: bool = False
+) -> None:
+    """Write the answer to `text` (its content only) on `out`, as it is or as one line.
+
+    Tool calls, and if `is_verbose` thoughts, go to `notes`.
+    """
     total = ChatDelta()
     for delta in session.send(text):
         total += delta
@@ -258,7 +263,9 @@ def answer_text(session: ChatSession, text: str, notes: TextIO, *, is_verbose: b
             notes.write(visible(f"<- {result['content']}\n"))
     if is_verbose and total.reasoning:
         notes.write(visible(total.reasoning) + "\n")
-    return total.content
+    answer = " ".join(total.content.split()) if is_one_line else total.content.rstrip("\n")
+    out.write((visible(answer) if out.isatty() else answer) + "\n")
+    out.flush()
 
 
 def serve_lines(
@@ -279,13 +286,13 @@ def serve_lines(
             num_failed += reply.is_error
             notes.write(visible(reply.text) + "\n")
             continue
-        answer = ""
-        if line.strip():
-            try:
-                answer = answer_text(session, line, notes, is_verbose=is_verbose)
-            except MinimindError as error:
-                num_failed += 1
-                notes.write(f"error: {error}\n")
-        out.write(" ".join(answer.split()) + "\n")
-        out.flush()
+        try:
+            if line.strip():
+                write_answer(session, line, out, notes, is_verbose=is_verbose, is_one_line=True)
+            else:
+                out.write("\n")
+        except MinimindError as error:
+            num_failed += 1
+            notes.write(f"error: {error}\n")
+            out.write("\n")
     return num_failed

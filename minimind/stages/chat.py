@@ -108,8 +108,7 @@ def main(argv: list[str]) -> int:
         context_length=config.context or None,
     )
     if config.prompt:
-        answer = terminal.answer_text(session, config.prompt, sys.stderr, is_verbose=config.show_thinking)
-        sys.stdout.write(answer.rstrip("\n") + "\n")
+        terminal.write_answer(session, config.prompt, sys.stdout, sys.stderr, is_verbose=config.show_thinking)
         return 0
     if not sys.stdin.isatty():
         return int(

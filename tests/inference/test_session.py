@@ -203,10 +203,10 @@ def test_the_oldest_turns_leave_a_full_context(tokenizer: Tokenizer) -> None:
     kept = session.messages[1:-1][session.num_forgotten :]
     assert kept[0]["role"] == "user"
     assert engine.prompts[-1] == render(tokenizer, [session.messages[0], *kept], add_generation_prompt=True).ids
-    before = session.messages
+    before, forgotten = session.messages, session.num_forgotten
     with pytest.raises(ConfigError, match="but the context has 120"):
         talk(session, "garden " * 200)
-    assert session.messages == before
+    assert (session.messages, session.num_forgotten) == (before, forgotten)
     session.undo()
     assert session.num_forgotten == 0
     session.clear()
