@@ -325,7 +325,7 @@ print("same")
 
 
 def test_compile_has_no_graph_breaks_and_computes_the_same(repository: Path):
-    """Packed rows, experts and the backward, in a process of its own: the run-time type checks of the tests are what a graph cannot contain."""
+    """In a process of its own, because a graph cannot contain the run-time type checks of the tests."""
     done = subprocess.run([sys.executable, "-c", COMPILE], cwd=repository, capture_output=True, text=True)
     assert done.stdout == "same\n", done.stderr
 
