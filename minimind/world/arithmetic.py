@@ -27,11 +27,10 @@ def addition_steps(a: int, b: int, language: Language) -> str:
         total = ones + others + carry
         left = f"{ones} + {others}" + (" + 1" if carry else "")
         carry = total // 10
-        digit = total % 10
         if language == "en":
-            steps.append(f"{left} = {total}, write {digit}" + (", carry 1." if carry else "."))
+            steps.append(f"{left} = {total}" + (", carry 1." if carry else "."))
         else:
-            steps.append(f"{left} = {total}，写 {digit}" + ("，进 1。" if carry else "。"))
+            steps.append(f"{left} = {total}" + ("，进 1。" if carry else "。"))
     return (" " if language == "en" else "").join(steps)
 
 

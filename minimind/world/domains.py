@@ -31,7 +31,7 @@ DOMAINS: dict[str, Domain] = {
 MIXTURE: dict[str, dict[str, float]] = {
     # Copying (calculator) and comparing need exposure more than anything else; two transfers are the hardest.
     "pretrain": {
-        "biography": 0.15, "tale": 0.06, "dictionary": 0.04,
+        "biography": 0.15, "tale": 0.06, "dictionary": 0.04, "function": 0.01,
         "who-zero": 0.03, "who-one": 0.07, "who-two": 0.08, "where-person": 0.06, "where-object": 0.06,
         "sums": 0.08, "compare": 0.12, "counting": 0.04, "sorting": 0.03, "weekday": 0.03, "date": 0.02,
         "translation": 0.04, "facts": 0.08, "memory": 0.03, "greeting": 0.01, "identity": 0.01,

@@ -19,6 +19,7 @@ from minimind.world.domains import MIXTURE
 from minimind.world.facts import RELATIONS
 from minimind.world.lexicon import ANIMALS, COLOURS, OBJECTS, PEOPLE, PLACES, WEEKDAYS
 from minimind.world.pretraining import Document
+from minimind.world.tools import TOOLS
 from minimind.world.words import DICTIONARY
 
 
@@ -104,6 +105,7 @@ EXPECTED_BITS: dict[str, float] = {
     + sum(_log(*range(len(RELATIONS), len(RELATIONS) - told, -1)) + told * _log(3) for told in (2, 3, 4)) / 3,
     "tale": _log(P, P - 1, L, O, len(COLOURS), len(WEEKDAYS)) + _log(4, 2, 2, 3, 2),
     "dictionary": _log(len(DICTIONARY), 2),
+    "function": _log(len(TOOLS)),
 }  # fmt: skip
 """Entropy in bits of one item or document of a kind, given kind and language, before any split: the closed forms."""
 

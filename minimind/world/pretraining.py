@@ -1,15 +1,17 @@
-"""Documents of pretraining: biographies, small tales, dictionary lines, and every question in its plain form.
+"""Documents of pretraining: biographies, small tales, dictionary lines, tools, and every question in its plain form.
 
 The plain form is `prompt` + `completion` exactly as in the question rows, so that a base model can be asked what it
 knows.
 """
 
+import json
 from dataclasses import dataclass
 
 from minimind.world.domains import DOMAINS, MIXTURE, draw_item
 from minimind.world.draw import Draw, Split, cumulate, split_of
 from minimind.world.facts import RELATIONS, World
 from minimind.world.lexicon import COLOURS, LANGUAGES, OBJECTS, PEOPLE, PLACES, TOWN, WEEKDAYS, Language
+from minimind.world.tools import TOOLS
 from minimind.world.words import dictionary_line
 
 
@@ -89,6 +91,14 @@ def tale(draw: Draw, language: Language, split: Split) -> str:
     return (" " if language == "en" else "").join(draw.choice(part[language]).format(**words) for part in parts)
 
 
+def function_card(draw: Draw, language: Language) -> str:
+    """Return the JSON schema of one tool, as the chat template will show it, so that its words are known early."""
+    tool = draw.choice(tuple(TOOLS))
+    return f"{_FUNCTION[language]}{json.dumps(TOOLS[tool].schema, ensure_ascii=False)}"
+
+
+_FUNCTION: dict[Language, str] = {"en": "Function: ", "zh": "函数："}
+
 _KINDS = cumulate(MIXTURE["pretrain"])
 
 
@@ -106,6 +116,8 @@ def document(draw: Draw, world: World, split: Split) -> Document:
             text = tale(draw, language, split)
         case "dictionary":
             text = dictionary_line(draw, language)
+        case "function":
+            text = function_card(draw, language)
         case _:
             text = draw_item(DOMAINS[kind], draw, language, world, split).plain_text()
     return Document(kind, language, text, draw.bits - start)

@@ -51,6 +51,8 @@ def text_of(kind: str, draw: Draw, language: Language) -> str:
         return pretraining.tale(draw, language, "train")
     if kind == "dictionary":
         return words.dictionary_line(draw, language)
+    if kind == "function":
+        return pretraining.function_card(draw, language)
     return DOMAINS[kind].make(draw, language, WORLD).plain_text()
 
 
