@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minimind.errors import ConfigError
-from minimind.inference.request import Completion, Event, FinishReason, Request
+from minimind.inference.request import Completion, Event, FinishReason, Request, prefill_batches
 from minimind.inference.sampling import RowParams, SamplingParams, key_of, sample, uniforms_of
 from minimind.model.cache import KVCache
 from minimind.model.transformer import Transformer
@@ -101,8 +101,7 @@ class Engine:
 
         The next `step` reports the end of it with an event of token -1 and finish reason "cancelled".
         """
-        request = self._requests.get(request_id)
-        if request is None:
+        if (request := self._requests.get(request_id)) is None:
             return False
         if request.row < 0:
             self._waiting.remove(request)
@@ -142,8 +141,11 @@ class Engine:
         by_index = {i: self._submit(prompts[i], each[i], has_events=False) for i in order}
         try:
             with self._deciding():
-                while any(request.finish_reason is None for request in by_index.values()):
+                pending = list(by_index.values())
+                while pending:
                     self._advance()
+                    while pending and pending[-1].finish_reason:
+                        pending.pop()
         finally:
             for request in by_index.values():
                 self.cancel(request.id)
@@ -229,7 +231,7 @@ class Engine:
         # With many rows, wait for a few to be free: a forward pass for one prompt costs nearly as much as for eight.
         if not self._waiting or free < min(len(self._waiting), max(1, self.max_batch_size // 8)):
             return
-        rows = [row for row, request in enumerate(self._rows) if request is None]
+        rows = [row for row in range(self.max_batch_size) if self._rows[row] is None]
         admitted = [self._waiting.popleft() for _ in rows[: len(self._waiting)]]
         admitted.sort(key=lambda request: len(request.prompt))  # batches of like length, of rows in order
         groups: dict[tuple[int, ...], list[Request]] = {}
@@ -241,26 +243,12 @@ class Engine:
             groups.setdefault(request.prompt, []).append(request)
         self._row_params = None
         try:
-            for batch in self._prefill_batches(list(groups.values())):
+            for batch in prefill_batches(list(groups.values()), _PREFILL_TOKENS):
                 self._prefill(batch)
         except BaseException:  # out of memory, Ctrl-C: a row without its prompt must not be decoded
             for request in admitted:
                 self.cancel(request.id)
             raise
-
-    def _prefill_batches(self, groups: list[list[Request]]) -> Iterator[list[list[Request]]]:
-        # Groups come by length; a batch closes where padding would pass an eighth of it (64 slots are always allowed).
-        batch: list[list[Request]] = []
-        real = 0
-        for group in groups:
-            length = len(group[0].prompt)
-            slots = (len(batch) + 1) * length
-            if batch and (slots > _PREFILL_TOKENS or slots - real - length > 64 + slots // 8):
-                yield batch
-                batch, real = [], 0
-            batch.append(group)
-            real += length
-        yield batch
 
     def _prefill(self, groups: list[list[Request]]) -> None:
         """Run the prompt of each group once, copy its cache row to the others, and choose everyone's first token."""

@@ -1,5 +1,9 @@
-"""The nouns of the engine: a `Request` goes in, `Event`s come out, or one `Completion`. They know token ids only."""
+"""The nouns of the engine: a `Request` goes in, `Event`s or one `Completion` come out; and which prompts run together.
 
+They know token ids only.
+"""
+
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -49,3 +53,22 @@ class Request:
     ids: list[int] = field(default_factory=list[int])
     log_probs: list[float] = field(default_factory=list[float])
     finish_reason: FinishReason | None = None
+
+
+def prefill_batches(groups: list[list[Request]], most_slots: int) -> Iterator[list[list[Request]]]:
+    """Yield `groups` (of equal prompts, the shortest prompt first) in batches whose right-padded prompts run together.
+
+    A batch closes at `most_slots` (rows x length), or where padding would pass an eighth of it (64 are always allowed).
+    """
+    batch: list[list[Request]] = []
+    num_tokens = 0
+    for group in groups:
+        length = len(group[0].prompt)
+        slots = (len(batch) + 1) * length
+        if batch and (slots > most_slots or slots - num_tokens - length > 64 + slots // 8):
+            yield batch
+            batch, num_tokens = [], 0
+        batch.append(group)
+        num_tokens += length
+    if batch:
+        yield batch
