@@ -355,7 +355,7 @@ def _summary(text: str, cls: type) -> str:
     """
     text = text or inspect.getdoc(cls) or ""
     text = "" if text.startswith(f"{cls.__name__}(") else text.partition("\n\n")[0]
-    return textwrap.indent(textwrap.fill(text, 79), " ")
+    return textwrap.indent(textwrap.fill(text, 79, break_on_hyphens=False), " ")
 
 
 def _plain(value: Any) -> Any:
