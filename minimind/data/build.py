@@ -113,7 +113,7 @@ class Writer:
             else [value for value, _ in sorted(self.table.items(), key=lambda x: x[1])],
         }
         with (self.folder / "meta.json").open("wb") as stream:
-            stream.write((json.dumps(meta, indent=2, sort_keys=True) + "\n").encode())
+            stream.write((json.dumps(meta, indent=2) + "\n").encode())
             _flush(stream)
 
     def abandon(self) -> None:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minimind.data import jsonl
@@ -84,8 +84,10 @@ def test_read_rows_stops_at_the_first_problem(tmp_path: Path) -> None:
 
 def test_harmless_things_are_no_problem(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    # byte order mark, Windows line ends, empty lines, spaces before colons, colons inside a text, no line end at the end
-    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n  \n{"text" : "b"}\n{"text": "say \\"x\\": y", "n": {"text": 1}}')
+    # byte order mark, Windows line ends, empty lines, spaces before colons, colons in a text, no line end at the end
+    path.write_bytes(
+        b'\xef\xbb\xbf{"text": "a"}\r\n\r\n  \n{"text" : "b"}\n{"text": "say \\"x\\": y", "n": {"text": 1}}'
+    )
     found = list(scan(path))
     assert [(item.line, item.data["text"]) for item in found if isinstance(item, Row)] == [
         (1, "a"), (4, "b"), (5, 'say "x": y'),
@@ -93,7 +95,7 @@ def test_harmless_things_are_no_problem(tmp_path: Path) -> None:
     assert len(found) == 3
 
 
-ROWS: list[dict[str, Any]] = [{"text": f"row {i} 中文 \"quoted\" \\ {'é' * i}", "n": {"a": [i]}} for i in range(40)]
+ROWS: list[dict[str, Any]] = [{"text": f'row {i} 中文 "quoted" \\ {"é" * i}', "n": {"a": [i]}} for i in range(40)]
 
 
 def _write(path: Path) -> None:
@@ -196,7 +198,7 @@ def test_missing_and_unknown_files(tmp_path: Path) -> None:
     (tmp_path / "pretrain.jsonl").touch()
     with pytest.raises(ConfigError, match=r"pretrian\.jsonl: no such file; did you mean .*/pretrain\.jsonl\?"):
         list(scan(tmp_path / "pretrian.jsonl"))
-    with pytest.raises(ConfigError, match="the folder .* does not exist"):
+    with pytest.raises(ConfigError, match=r"the folder .* does not exist"):
         list(scan(tmp_path / "nowhere" / "a.jsonl"))
     with pytest.raises(ConfigError, match="unknown kind of data file"):
         list(scan(tmp_path / "a.docx"))
@@ -246,20 +248,34 @@ def test_a_bomb_does_not_fill_the_memory(tmp_path: Path) -> None:
     found = list(scan(path, max_line_bytes=2**20))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert [str(found[0]), found[1]] == [f"{path}:1: the line is longer than 1,048,576 bytes", Row({"text": "good"}, str(path), 2)]
+    assert [str(found[0]), found[1]] == [
+        f"{path}:1: the line is longer than 1,048,576 bytes",
+        Row({"text": "good"}, str(path), 2),
+    ]
     assert peak < 12 * 2**20
     assert jsonl.MAX_LINE_BYTES == 64 * 2**20
 
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(st.characters(codec="utf-8"), max_size=20),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(st.characters(codec="utf-8"), max_size=5), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text(st.characters(codec="utf-8"), max_size=5), inner, max_size=4)
+    ),
     max_leaves=12,
 )
 
 
-@given(rows=st.lists(st.dictionaries(st.text(st.characters(codec="utf-8"), max_size=8), json_values, max_size=4), max_size=8), indent=st.sampled_from([None, 1]))
-def test_whatever_json_writes_is_read_back(rows: list[dict[str, Any]], indent: int | None, tmp_path_factory: pytest.TempPathFactory) -> None:
+@settings(max_examples=40)
+@given(
+    rows=st.lists(
+        st.dictionaries(st.text(st.characters(codec="utf-8"), max_size=8), json_values, max_size=4), max_size=8
+    ),
+    indent=st.sampled_from([None, 1]),
+)
+def test_whatever_json_writes_is_read_back(
+    rows: list[dict[str, Any]], indent: int | None, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     folder = tmp_path_factory.mktemp("rows")
     (folder / "a.json").write_text(json.dumps(rows, indent=indent))
     (folder / "a.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")

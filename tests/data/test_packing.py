@@ -2,11 +2,12 @@
 
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minimind.data.build import Kind, Writer, write_folder
@@ -21,10 +22,16 @@ def make_dataset(folder: Path, lengths: list[int], kind: Kind = "pretrain") -> T
     def fill(target: Path) -> None:
         writer = Writer(target, 2**31, uniform=kind == "pretrain")
         bounds = np.cumsum([0, *lengths]).tolist()
-        documents = [list(range(a, b)) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        documents = [list(range(a, b)) for a, b in pairwise(bounds)]
         writer.add(documents, [[float(token % 3) for token in document] for document in documents])
         writer.close(
-            {"fingerprint": str(lengths), "kind": kind, "max_length": None, "report": {}, "format_version": FORMAT_VERSION}
+            {
+                "fingerprint": str(lengths),
+                "kind": kind,
+                "max_length": None,
+                "report": {},
+                "format_version": FORMAT_VERSION,
+            }
         )
 
     write_folder(folder / "tokens", fill)
@@ -43,9 +50,10 @@ def labels_of(rows: PackedRows) -> list[tuple[int, int]]:
 
 def expected_labels(lengths: list[int]) -> list[tuple[int, int]]:
     bounds = np.cumsum([0, *lengths]).tolist()
-    return [(i, i + 1) for a, b in zip(bounds[:-1], bounds[1:], strict=True) for i in range(a, b - 1)]
+    return [(i, i + 1) for a, b in pairwise(bounds) for i in range(a, b - 1)]
 
 
+@settings(max_examples=50)
 @given(
     lengths=st.lists(st.integers(2, 40), min_size=1, max_size=40),
     row_length=st.integers(1, 24),
@@ -102,7 +110,11 @@ def test_the_plan_is_a_function_of_data_and_arguments(tmp_path: Path) -> None:
         plans.append((rows.fingerprint, rows.starts.tolist(), rows.lengths.tolist(), rows.row_offsets.tolist()))
     assert plans[0] == plans[1]
     dataset = make_dataset(tmp_path / "a", lengths)
-    for other in (pack(dataset, 63, window=100), pack(dataset, 64, window=99), pack(dataset, 64, mode="padded", window=100)):
+    for other in (
+        pack(dataset, 63, window=100),
+        pack(dataset, 64, window=99),
+        pack(dataset, 64, mode="padded", window=100),
+    ):
         assert other.fingerprint != plans[0][0]
 
 
@@ -120,9 +132,9 @@ def test_a_finished_plan_is_reused_and_a_damaged_one_is_refused(tmp_path: Path) 
 
 def test_mixed_lengths_fill_the_rows(tmp_path: Path) -> None:
     generator = np.random.Generator(np.random.PCG64(1))
-    lengths = np.clip(generator.lognormal(5, 0.9, 20_000).astype(int), 2, 512).tolist()
+    lengths = np.clip(generator.lognormal(5, 0.9, 8_000).astype(int), 2, 512).tolist()
     dataset = make_dataset(tmp_path, lengths)
-    assert pack(dataset, 512, window=4096).fill_rate > 0.99
+    assert pack(dataset, 512, window=2048).fill_rate > 0.99
     assert pack(dataset, 512, mode="padded").fill_rate < 0.6
 
 
@@ -153,7 +165,9 @@ def test_pairs_stay_together(tmp_path: Path) -> None:
 def test_a_conversation_longer_than_a_row_is_refused(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path, [5, 18, 7], "conversation")
     assert len(pack(dataset, 17)) > 0
-    with pytest.raises(ConfigError, match=r"row_length is 16, but .* holds documents of 18 tokens; .* max_length of 17"):
+    with pytest.raises(
+        ConfigError, match=r"row_length is 16, but .* holds documents of 18 tokens; .* max_length of 17"
+    ):
         pack(dataset, 16)
     with pytest.raises(ConfigError, match="must be at least 1"):
         pack(dataset, 0)

@@ -29,7 +29,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
             {
                 "role": "assistant",
                 "content": None,
-                "tool_calls": [{"id": "c1", "type": "function", "function": {**BARE_CALL, "arguments": '{"a": 1, "b": 2}'}}],
+                "tool_calls": [
+                    {"id": "c1", "type": "function", "function": {**BARE_CALL, "arguments": '{"a": 1, "b": 2}'}}
+                ],
             },
             {"role": "tool", "tool_call_id": "c1", "content": "3"},
             {"role": "assistant", "content": "It is 3."},
@@ -123,12 +125,19 @@ def test_reasoning_and_words_before_a_call() -> None:
     }
     found, problems = conversation.read(row)
     assert problems == []
-    expected = {"role": "assistant", "content": "Let me see.", "reasoning_content": "A sum.", "tool_calls": [CALL, CALL]}
+    expected = {
+        "role": "assistant",
+        "content": "Let me see.",
+        "reasoning_content": "A sum.",
+        "tool_calls": [CALL, CALL],
+    }
     assert found.messages[1:] == [expected]
 
 
 def test_labels_of_kto_rows() -> None:
-    assert [conversation.read({"messages": [QUESTION, ANSWER], "label": value})[0].disliked for value in (True, False)] == [
+    assert [
+        conversation.read({"messages": [QUESTION, ANSWER], "label": value})[0].disliked for value in (True, False)
+    ] == [
         False,
         True,
     ]
@@ -152,22 +161,40 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "user", "content": None}]}, "messages[0]: content is null, expected a string"),
     ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content: is the number 5, expected a string"),
     ({"messages": [{"role": "user", "content": {"a": 1}}]}, "messages[0].content: is an object, expected a string"),
-    ({"messages": [{"role": "user", "content": "a\0b"}]}, "messages[0].content: holds the character NUL (U+0000) at place 2"),
+    (
+        {"messages": [{"role": "user", "content": "a\0b"}]},
+        "messages[0].content: holds the character NUL (U+0000) at place 2",
+    ),
     ({"messages": [{"role": "user", "content": ["a"]}]}, 'messages[0].content[0]: expected a part {"type": "text"'),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type: 'image_url' is not possible"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        "messages[0].content[0].type: 'image_url' is not possible",
+    ),
     ({"messages": [QUESTION]}, "messages: has no assistant turn, expected at least one answer"),
     ({"messages": [ANSWER]}, "messages: the first turn is the assistant's, expected the user's"),
     ({"messages": [QUESTION, QUESTION, ANSWER]}, "messages: turns 1 and 2 are both the user's"),
     ({"messages": [QUESTION, ANSWER, ANSWER]}, "messages: turns 2 and 3 are both the assistant's"),
     ({"messages": [QUESTION, {"role": "system", "content": "a"}, ANSWER]}, "messages: turn 2 is a system turn"),
     ({"messages": [QUESTION, ANSWER, {"role": "tool", "content": "a"}, ANSWER]}, "messages: turn 3 is a tool's answer"),
-    ({"messages": [QUESTION, {"role": "assistant", "content": " "}, QUESTION, ANSWER]}, "messages: turn 2, an answer, is empty"),
+    (
+        {"messages": [QUESTION, {"role": "assistant", "content": " "}, QUESTION, ANSWER]},
+        "messages: turn 2, an answer, is empty",
+    ),
     (_with(content="", tool_calls="[{"), "messages[1].tool_calls: is a string that is not valid JSON"),
     (_with(content="", tool_calls=[{"arguments": {}}]), "messages[1].tool_calls[0]: expected a tool call"),
-    (_with(content="", tool_calls=[{"name": "f", "arguments": "{1"}]), "messages[1].tool_calls[0].arguments: is a string that is not"),
-    (_with(content="", tool_calls=[{"name": "f", "arguments": [1]}]), "messages[1].tool_calls[0].arguments: is a list, expected an object"),
+    (
+        _with(content="", tool_calls=[{"name": "f", "arguments": "{1"}]),
+        "messages[1].tool_calls[0].arguments: is a string that is not",
+    ),
+    (
+        _with(content="", tool_calls=[{"name": "f", "arguments": [1]}]),
+        "messages[1].tool_calls[0].arguments: is a list, expected an object",
+    ),
     (_with(content="a", reasoning_content=7), "messages[1].reasoning_content: is the number 7, expected a string"),
-    ({"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "add(1)"}]}, "conversations[1].value: is a string that is not valid JSON"),
+    (
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "add(1)"}]},
+        "conversations[1].value: is a string that is not valid JSON",
+    ),
     ({"messages": [QUESTION, ANSWER], "tools": "[add]"}, "tools: is a string that is not valid JSON"),
     ({"messages": [QUESTION, ANSWER], "tools": {"name": "f"}}, "tools: is an object, expected a list of tools"),
     ({"messages": [QUESTION, ANSWER], "tools": [{"name": 1}]}, 'tools[0]: expected {"type": "function"'),
@@ -178,7 +205,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"instruction": "a", "output": ["b"]}, "output: is a list, expected a string"),
     ({"instruction": "a", "output": "b", "history": [["q"]]}, "history[0]: expected [question, answer]"),
     ({"prompt": 1, "response": "b"}, "prompt: is the number 1, expected a string"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("row", "what"), BAD, ids=[what[:40] for _, what in BAD])
@@ -190,7 +217,11 @@ def test_problems_of_conversations(row: dict[str, Any], what: str) -> None:
 
 def test_all_problems_of_a_row_are_told() -> None:
     row = {"messages": [{"role": "usr", "content": "a"}, {"role": "user", "content": 1}], "tools": "x"}
-    assert [problem.split(":")[0] for problem in conversation.read(row)[1]] == ["messages[0].role", "messages[1].content", "tools"]
+    assert [problem.split(":")[0] for problem in conversation.read(row)[1]] == [
+        "messages[0].role",
+        "messages[1].content",
+        "tools",
+    ]
 
 
 def test_text_rows() -> None:
@@ -233,7 +264,10 @@ def test_preferences_of_every_layout() -> None:
         ({"prompt": "q", "chosen": "a", "rejected": "a"}, "chosen: is equal to rejected"),
         ({"prompt": "q", "chosen": "a", "rejected": ""}, "rejected: is empty"),
         ({"prompt": "q", "chosen": 1, "rejected": "a"}, "chosen: expected a string, a message"),
-        ({"prompt": 1, "chosen": "a", "rejected": "b"}, "prompt: is the number 1, expected a string or a list of messages"),
+        (
+            {"prompt": 1, "chosen": "a", "rejected": "b"},
+            "prompt: is the number 1, expected a string or a list of messages",
+        ),
         ({"chosen": [QUESTION], "rejected": [QUESTION, ANSWER]}, "chosen: does not end with an assistant turn"),
         ({"chosen": [{"role": "x", "content": "a"}], "rejected": "b", "prompt": "q"}, 'chosen[0].role: "x" is unknown'),
     ],
