@@ -105,7 +105,7 @@ pieces_of_text = st.lists(
     cuts=st.lists(st.integers(0, 200)),
     stop=st.sampled_from([(), ("STOP",), ("STOP", "TO"), ("\n", "OP<")]),
 )
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 def test_any_cut_gives_the_same_answer(pieces: list[str], cuts: list[int], stop: tuple[str, ...]) -> None:
     text = "".join(pieces)
     borders = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
@@ -116,6 +116,7 @@ def test_any_cut_gives_the_same_answer(pieces: list[str], cuts: list[int], stop:
 
 
 @given(pieces=pieces_of_text)
+@settings(deadline=None)
 def test_nothing_is_lost_without_tags(pieces: list[str]) -> None:
     text = "".join(pieces).replace("<think>", "").replace("<tool_call>", "")
     if "<think>" not in text and "<tool_call>" not in text:
@@ -123,6 +124,7 @@ def test_nothing_is_lost_without_tags(pieces: list[str]) -> None:
 
 
 @given(pieces=pieces_of_text)
+@settings(deadline=None)
 def test_stop_strings_never_leak(pieces: list[str]) -> None:
     text = "".join(pieces).replace("<", "(")
     answer, deltas = streamed(pieces=list(text), stop=["STOP"])
@@ -164,6 +166,7 @@ def tokenizer() -> Tokenizer:
 
 
 @given(content=plain, reasoning=plain, tool_calls=st.lists(calls, max_size=2), thinking=st.sampled_from([None, True]))
+@settings(deadline=None)
 def test_parse_inverts_render(
     tokenizer: Tokenizer, content: str, reasoning: str, tool_calls: list[dict[str, Any]], thinking: bool | None
 ) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
@@ -67,6 +67,7 @@ letters = st.text(st.sampled_from("ab 好，\n[é"), max_size=60)
 
 
 @given(pieces=st.lists(letters, max_size=8))
+@settings(deadline=None)
 def test_wrapping_keeps_the_width_and_the_words(pieces: list[str]) -> None:
     text = "".join(pieces)
     lines = written(pieces).split("\n")

@@ -22,7 +22,7 @@ text_or_tags = st.lists(st.one_of(st.text(max_size=12), st.sampled_from(CONTROL_
 
 
 @given(text=text_or_tags)
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 def test_round_trip_and_no_forgery(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
@@ -32,6 +32,7 @@ def test_round_trip_and_no_forgery(tokenizer: Tokenizer, text: str) -> None:
 
 
 @given(data=st.binary(max_size=40))
+@settings(deadline=None)
 def test_any_bytes_round_trip(tokenizer: Tokenizer, data: bytes) -> None:
     assert tokenizer.decode_bytes(tokenizer.encode_bytes(data)) == data
 
@@ -43,6 +44,7 @@ def test_every_byte_has_a_token_and_bytes_agree_with_text(tokenizer: Tokenizer) 
 
 
 @given(text=text_or_tags, skip=st.booleans())
+@settings(deadline=None)
 def test_stream_decoder_equals_decode(tokenizer: Tokenizer, text: str, skip: bool) -> None:
     ids = tokenizer.encode(text, allow_special=True)
     stream = tokenizer.stream_decoder(skip_special=skip)
