@@ -45,6 +45,8 @@ class EvalConfig:
     """Questions per domain and language, the first ones; 0 asks all."""
     data: tuple[Path, ...] = ()
     """Text or conversation files to measure loss and bits per byte on; without --questions only that is done."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """A malformed question stops the evaluation (raise), or is named on stderr and left out (skip)."""
     world_seed: int = 0
     """Seed of the built-in world that the model was trained on."""
     sets: tuple[str, ...] = ("main",)
@@ -54,7 +56,7 @@ class EvalConfig:
     temperature: float = 0.0
     """0 takes the most likely token; above, answers are sampled."""
     max_tokens: int = 0
-    """Tokens of an answer at most; 0: 256 in a chat, 48 in a completion."""
+    """Tokens of an answer at most; 0: 256 in a chat, 128 in a completion."""
     batch_size: int = 64
     """Questions answered at the same time. Changes memory and speed only."""
     seed: int = 0
@@ -86,7 +88,7 @@ def main(argv: Sequence[str]) -> int:
     from minimind.runtime.log import get_logger
 
     log = get_logger("eval")
-    files = [_questions(config)] if not config.questions and not config.data else _read(config.questions)
+    files = [_questions(config)] if not config.questions and not config.data else _read(config)
     device = pick_device(config.device)
     model, tokenizer = checkpoint.load(config.run, device=device)
     dtype = pick_dtype(config.dtype, device, num_parameters=model.config.num_parameters()[0])
@@ -227,11 +229,12 @@ def _questions(config: EvalConfig) -> list[dict[str, Any]]:
     return [row for row in rows if row["set"] in config.sets]
 
 
-def _read(paths: Sequence[Path]) -> "list[list[dict[str, Any]] | list[ChoiceQuestion]]":
+def _read(config: EvalConfig) -> "list[list[dict[str, Any]] | list[ChoiceQuestion]]":
     from minimind.evaluation.questions import SHORT_ANSWER, read_questions
     from minimind.world.graders import GRADERS
 
-    return [read_questions(path, graders={*GRADERS, "tool_call", SHORT_ANSWER}) for path in paths]
+    graders = {*GRADERS, "tool_call", SHORT_ANSWER}
+    return [read_questions(path, graders=graders, on_error=config.on_error) for path in config.questions]
 
 
 def _first(questions: "Sequence[Question]", limit: int) -> "list[Question]":

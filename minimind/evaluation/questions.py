@@ -15,15 +15,17 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from minimind.data.jsonl import Problem, scan
 from minimind.errors import DataError
+from minimind.runtime.log import get_logger
 
 SHORT_ANSWER = "short_answer"
 """The `grader` of short-answer questions."""
 
 _MAX_PROBLEMS = 20
+_log = get_logger("eval")
 _NUMBER = re.compile(r"-?(?:\d[\d,]*\.?\d*|\.\d+)")
 
 
@@ -44,11 +46,13 @@ Question = dict[str, Any] | ChoiceQuestion
 """A question put to the engine (a row of the world, or a short answer in the same form), or one of choices."""
 
 
-def read_questions(path: Path, *, graders: Collection[str] = ()) -> list[dict[str, Any]] | list[ChoiceQuestion]:
+def read_questions(
+    path: Path, *, graders: Collection[str] = (), on_error: Literal["raise", "skip"] = "raise"
+) -> list[dict[str, Any]] | list[ChoiceQuestion]:
     """Return the questions of one file, all of one kind (that of its first row).
 
     `graders` are the names a world row's "grader" may have (empty: any). Raises DataError listing the malformed rows as
-    `file:line: what`, ConfigError when the file is missing.
+    `file:line: what` (with `on_error` "skip" they are logged instead), ConfigError when the file is missing.
     """
     questions: list[Any] = []
     problems: list[str] = []
@@ -65,11 +69,12 @@ def read_questions(path: Path, *, graders: Collection[str] = ()) -> list[dict[st
                 problems.append(f"{path}:{item.line}: {found}")
             else:
                 questions.append(found)
-        if len(problems) == _MAX_PROBLEMS:
-            problems.append("(and perhaps more)")
-            break
-    if problems:
-        raise DataError("\n".join(problems))
+    if len(problems) > _MAX_PROBLEMS:
+        problems[_MAX_PROBLEMS:] = [f"and {len(problems) - _MAX_PROBLEMS} more"]
+    if problems and on_error == "raise":
+        raise DataError("\n".join([*problems, "repair these rows, or leave them out with --on-error skip"]))
+    for problem in problems:
+        _log.warning("left out: %s", problem)
     if not questions:
         raise DataError(f"{path}: holds no question")
     return questions

@@ -27,7 +27,7 @@ from minimind.tokenizer.chat import Conversation, render_batch
 
 Form = Literal["chat", "completion"]
 
-MAX_TOKENS: dict[Form, int] = {"chat": 256, "completion": 48}
+MAX_TOKENS: dict[Form, int] = {"chat": 256, "completion": 128}
 """The most tokens of an answer, by form, unless told otherwise."""
 
 

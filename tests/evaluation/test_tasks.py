@@ -90,9 +90,7 @@ SAID = [
 def test_chat_form_counts_what_was_right_in_each_group(tokenizer: Tokenizer) -> None:
     records: list[Record] = []
     model = scripted(tokenizer, QUESTIONS, SAID, "chat")
-    scores = ask(
-        model, tokenizer, QUESTIONS, form="chat", grader=grade, batch_size=3, on_record=records.append
-    )
+    scores = ask(model, tokenizer, QUESTIONS, form="chat", grader=grade, batch_size=3, on_record=records.append)
     found = {(s.domain, s.language): s for s in scores}
     assert list(found) == [("who", "en"), ("who", "zh"), ("weather", "en")]
     english = found["who", "en"]
@@ -138,9 +136,7 @@ def test_an_answer_that_never_ends_is_cut_and_judged(tokenizer: Tokenizer) -> No
     questions = QUESTIONS[:1]
     model = scripted(tokenizer, questions, ["<think>\n" + "Mia " * 50], "chat")
     records: list[Record] = []
-    scores = ask(
-        model, tokenizer, questions, form="chat", grader=grade, max_tokens=20, on_record=records.append
-    )
+    scores = ask(model, tokenizer, questions, form="chat", grader=grade, max_tokens=20, on_record=records.append)
     assert scores[0].correct == 0
     assert len(tokenizer.encode(records[0].output, allow_special=True)) == 20
 
@@ -178,7 +174,9 @@ def test_no_questions_no_scores(tokenizer: Tokenizer) -> None:
 def score(correct: int, n: int, **more: Any) -> Score:
     from minimind.evaluation.tasks import Tally
 
-    made = Tally(n=n, correct=correct, chance=0.5 * n, shortcuts={"a": n // 2, "b": n // 4}).score("d", "en", "chat", 2.0)
+    made = Tally(n=n, correct=correct, chance=0.5 * n, shortcuts={"a": n // 2, "b": n // 4}).score(
+        "d", "en", "chat", 2.0
+    )
     return replace(made, **more)
 
 
