@@ -223,13 +223,13 @@ DOMAINS = (
         counting,
         "How often a word stands in a list.",
         "the list (words and order)",
-        "1/5: always the same number; the other word's count 1/5.",
+        "0.42: half of the list; 1/5: always the same number.",
     ),
     Domain(
         "sorting",
         sorting,
         "Three numbers in order.",
         "the three numbers, in any order",
-        "1/6: as given, or backwards.",
+        "0.29: by the last digit; 1/6: as given, or backwards.",
     ),
 )

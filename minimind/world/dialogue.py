@@ -247,7 +247,7 @@ DOMAINS = (
         memory,
         "What the user said some turns ago.",
         "the combination of names, things, order and asked slot",
-        "1/2 or less: the first or last name said.",
+        "0.42: the first or last name said.",
     ),
     Domain(
         "greeting",

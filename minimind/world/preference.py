@@ -37,7 +37,9 @@ def _polite(asked: Domain) -> Domain:
         }
         gap = " " if language == "en" else ""
         reply = draw.choice(POLITE[language]) + gap + item.reply
-        return replace(item, domain=f"polite-{asked.name}", grader="polite", grader_args=args, reply=reply)
+        shortcuts = {name: POLITE[language][0] + gap + answer for name, answer in item.shortcuts.items()}
+        name = f"polite-{asked.name}"
+        return replace(item, domain=name, grader="polite", grader_args=args, reply=reply, shortcuts=shortcuts)
 
     return replace(
         asked,
@@ -62,7 +64,8 @@ def _wrong_reply(draw: Draw, item: Item) -> str:
     if item.domain == "polite-facts":
         options = item.grader_args["grader_args"]["options"]
     else:  # what a shortcut would say: another person of the story, the other number, the words untranslated
-        options = sorted(set(item.shortcuts.values()))
+        opening = POLITE[item.language][0]
+        options = sorted({answer.removeprefix(opening).strip() for answer in item.shortcuts.values()})
     before, _, after = item.reply.rpartition(item.answer)
     return before + draw.choice([option for option in options if option != item.answer]) + after
 

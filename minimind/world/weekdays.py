@@ -90,7 +90,7 @@ DOMAINS = (
         weekday,
         "The weekday some days before or after, counted day by day.",
         "the weekday together with the number of days and the direction (112 contents in all)",
-        "1/7: always the same day.",
+        "0.19: tomorrow; 1/7: always the same day.",
         split=small_split_of,
     ),
     Domain("date", date, "The date some days later.", "month, day and number of days together", "tomorrow 1/9."),

@@ -191,6 +191,6 @@ def test_every_domain_passes_its_own_reply_and_refuses_the_list_of_candidates(na
                 assert not grade(row, " ".join(inner["options"]))
             if name != "greeting":  # there an echo is right, and is reported as a shortcut
                 assert not grade(row, item.user + " " + item.user)
-                wrong = [answer for answer in item.shortcuts.values() if answer != item.answer]
+                wrong = [answer for answer in item.shortcuts.values() if not answer.endswith(item.answer)]
                 assert not any(grade(row, answer) for answer in wrong)
             assert 0 <= item.chance <= 0.5
