@@ -134,6 +134,7 @@ def prepare(
     }
     for file in files:
         file_format(file)
+    before = _stamps(files)
     fingerprint = _fingerprint(files, tokenizer, options, cache_dir)
     folder = cache_dir / f"tokens-{fingerprint[:32]}"
     with lock(folder):
@@ -141,7 +142,15 @@ def prepare(
             dataset = TokenDataset(folder)
             if dataset.fingerprint == fingerprint:
                 return dataset
-        write_folder(folder, lambda target: _build(target, files, tokenizer, options, fingerprint))
+
+        def fill(target: Path) -> None:
+            _build(target, files, tokenizer, options, fingerprint)
+            if _stamps(files) != before:  # the cache would hold other rows than its fingerprint says
+                raise DataError(
+                    f"{', '.join(map(str, files))}: changed while being read; wait for the writer and try again"
+                )
+
+        write_folder(folder, fill)
     return TokenDataset(folder)
 
 
@@ -225,6 +234,10 @@ def _fingerprint(files: Sequence[Path], tokenizer: Tokenizer, options: dict[str,
         "options": options,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _stamps(files: Sequence[Path]) -> list[tuple[int, int]]:
+    return [(status.st_size, status.st_mtime_ns) for status in (file.stat() for file in files)]
 
 
 def content_digest(path: Path, cache_dir: Path | None = None) -> str:

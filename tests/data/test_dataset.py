@@ -199,6 +199,22 @@ def test_a_killed_build_leaves_nothing_that_counts(
     assert not [file for file in (tmp_path / "c").iterdir() if file.is_dir()]
 
 
+def test_a_file_that_changes_while_it_is_read(
+    tokenizer: Tokenizer, write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_rows([{"text": "the dog"}])
+    add = build.Writer.add
+
+    def meddle(self: build.Writer, documents: Any, weights: Any = None) -> None:
+        path.write_text(json.dumps({"text": "the cat sat"}) + "\n")
+        add(self, documents, weights)
+
+    monkeypatch.setattr(build.Writer, "add", meddle)
+    with pytest.raises(DataError, match=r"rows\.jsonl: changed while being read"):
+        prepare([path], tokenizer, kind="pretrain", cache_dir=tmp_path / "c")
+    assert not [file for file in (tmp_path / "c").iterdir() if file.is_dir()]
+
+
 def test_two_builders_at_once_make_one_cache(
     tokenizer: Tokenizer, write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -121,6 +121,22 @@ def test_every_format_gives_the_same_rows(name: str, tmp_path: Path) -> None:
     assert [row.data for row in read_rows(path)] == ROWS
 
 
+def test_fields_that_a_parquet_row_lacks_are_absent(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "b", "reasoning_content": "c"},
+            ]
+        },
+        {"messages": [{"role": "user", "content": "d"}], "label": False},
+    ]
+    turn = pa.struct([(name, pa.string()) for name in ("role", "content", "reasoning_content")])
+    table = pa.Table.from_pylist(rows, pa.schema([("messages", pa.list_(turn)), ("label", pa.bool_())]))
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert [row.data for row in read_rows(tmp_path / "a.parquet")] == rows
+
+
 def test_json_array_lines_and_small_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.json"
     path.write_text('\n[\n{"text": "a\\n"},\n\n{"text":\n "b"}\n,{"text": "c"}\n]\n')
