@@ -23,6 +23,11 @@ jaxtyping.install_import_hook(["minimind.batch", "minimind.model", "minimind.obj
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Name bytes by their length: two test processes must agree on names, and a compressed file may hold the time."""
+    return f"{argname}:{len(val)} bytes" if isinstance(val, bytes) else None
+
+
 @pytest.fixture(autouse=True)
 def unchecked_when_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Stop checking annotations for the rest of a test that calls torch.compile, which cannot trace the checks."""

@@ -53,7 +53,7 @@ def test_two_processes(tmp_path: Path) -> None:
         env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
         env = {**os.environ, **env, "MASTER_PORT": str(port)}
         workers.append(subprocess.Popen([sys.executable, str(script)], env=env, stdout=subprocess.PIPE, text=True))
-    results = [json.loads(worker.communicate(timeout=60)[0]) for worker in workers]
+    results = [json.loads(worker.communicate(timeout=120)[0]) for worker in workers]
     for rank, result in enumerate(results):
         assert result == {
             "rank": rank,
