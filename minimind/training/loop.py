@@ -283,7 +283,7 @@ class _Training:
 
     def _is_compiled(self) -> bool:
         flops, steps_left = 0.0, self.loop.steps - self.at.step
-        if self.batches.prefetch and steps_left > 0:
+        if self.loop.compile == "auto" and self.batches.prefetch and steps_left > 0:
             first = self.batches.micro_batches(self.at.step)
             tokens = steps_left * sum(batch.input_ids.numel() for batch in first)
             flops = tokens * self.model_config.flops_per_token(first[0].input_ids.shape[1])

@@ -5,12 +5,16 @@ does, and prints its state hash.
 """
 
 import argparse
+import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -105,7 +109,7 @@ def tiny_fit(
     **options: Any,
 ) -> FitResult:
     """Train the tiny model in `path`; `options` go to LoopConfig, or to fit."""
-    extra = {key: options.pop(key) for key in ("validate", "sample", "on_step") if key in options}
+    extra = {key: options.pop(key) for key in ("validate", "sample", "on_step", "tokenizer") if key in options}
     settings: dict[str, Any] = {"device": "cpu", "dtype": "float32", "compile": "off", "log_every": 1, "save_every": 5}
     seed_all(seed)
     return fit(
@@ -121,7 +125,32 @@ def tiny_fit(
     )
 
 
-def main() -> int:
+def slow_validation() -> dict[str, float]:
+    """Takes longer than any test waits."""
+    time.sleep(60)
+    return {"val_loss": 1.0}
+
+
+def start(run: Path, *flags: str, fault: str = "") -> BaseProcess:
+    """Start the script in a process of its own, forked from a clean one in which torch is imported already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training.tiny_run"])
+    tests = Path(__file__).parents[1]
+    with mock.patch.dict(os.environ, {"PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}", "OMP_NUM_THREADS": "1"}):
+        process = context.Process(target=_run_script, args=([str(run), *flags], fault))
+        process.start()
+    return process
+
+
+def _run_script(argv: list[str], fault: str) -> None:
+    os.environ["MINIMIND_FAULT"] = fault
+    log = Path(argv[0]).with_suffix(".stderr").open("a")  # noqa: SIM115 - until the process ends
+    os.dup2(log.fileno(), 2)
+    torch.set_num_threads(1)
+    sys.exit(main(argv))
+
+
+def main(argv: list[str] | None = None) -> int:
     """Train as the flags say."""
     parser = argparse.ArgumentParser()
     parser.add_argument("run", type=Path)
@@ -132,7 +161,8 @@ def main() -> int:
     parser.add_argument("--poison-step", type=int, default=-1)
     parser.add_argument("--optim", default="adamw")
     parser.add_argument("--moe", action="store_true")
-    flags = parser.parse_args()
+    parser.add_argument("--slow-validation", action="store_true")
+    flags = parser.parse_args(argv)
     source = TinySource(micro_rows=flags.micro_rows, delay=flags.delay, poison_step=flags.poison_step)
     try:
         result = tiny_fit(
@@ -141,6 +171,7 @@ def main() -> int:
             save_every=flags.save_every,
             source=source,
             config=MOE if flags.moe else DENSE,
+            validate=slow_validation if flags.slow_validation else None,
             optim=OptimConfig(name=flags.optim, lr=3e-3, muon_lr=0.01, muon_dtype="float32", warmup_steps=2),
         )
     except MinimindError as error:
