@@ -88,8 +88,7 @@ def save(
     temporary = parent / f".partial-{target.name}"
     model_state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict_for_disk().items()}
     optimizer_state = {name: tensor.detach().cpu().contiguous() for name, tensor in optimizer_state.items()}
-    identity = {"step": step, "format": FORMAT, "tokenizer_sha256": tokenizer.sha256}
-    state_text = json.dumps({**state, **identity})
+    state_text = json.dumps({**state, "step": step, "format": FORMAT, "tokenizer_sha256": tokenizer.sha256})
     num_bytes = sum(tensor.nbytes for tensor in (*model_state.values(), *optimizer_state.values()))
     needed = num_bytes + len(state_text) + (4 << 20)  # headers, the tokenizer and the small files
     fault_point("start")
@@ -263,9 +262,8 @@ def _newest_good(run_dir: Path, check: Callable[[Path], None]) -> Path | None:
 
 def _read_verified(path: Path) -> Checkpoint:
     state = read_json(path / STATE)
-    model_state, optimizer_state = read_tensors(path / MODEL), read_tensors(path / OPTIMIZER)
-    config, tokenizer_sha256 = _read_config(path), str(state["tokenizer_sha256"])
-    return Checkpoint(path, int(state["step"]), config, model_state, optimizer_state, state, tokenizer_sha256)
+    tensors, sha256 = (read_tensors(path / MODEL), read_tensors(path / OPTIMIZER)), str(state["tokenizer_sha256"])
+    return Checkpoint(path, int(state["step"]), _read_config(path), *tensors, state, sha256)
 
 
 def _small_problems(path: Path) -> list[str]:

@@ -146,10 +146,10 @@ class Muon:
         for name, p in parameters.items():
             self.groups.setdefault((min(p.shape[-2:]), max(p.shape[-2:])), {})[name] = p
         first = next(iter(parameters.values()))
-        self.buffers = {
-            shape: torch.zeros(sum(p.numel() for p in group.values()) // (shape[0] * shape[1]), *shape, device=first.device)
-            for shape, group in self.groups.items()
-        }
+        self.buffers: dict[tuple[int, int], Tensor] = {}
+        for shape, group in self.groups.items():
+            num_matrices = sum(p.numel() for p in group.values()) // (shape[0] * shape[1])
+            self.buffers[shape] = torch.zeros(num_matrices, *shape, device=first.device)
         is_fast = first.is_cuda or (first.device.type == "cpu" and has_native_bfloat16())
         is_narrow = is_fast if config.muon_dtype == "auto" else config.muon_dtype == "bfloat16"
         self.dtype = torch.bfloat16 if is_narrow else torch.float32

@@ -120,6 +120,10 @@ def test_the_same_step_again_replaces_it(save: Callable[..., Path], tmp_path: Pa
 # --- corruption ------------------------------------------------------------------------------------------------------
 
 
+def rewrite(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
 def flip_bit(path: Path, at: float) -> None:
     data = bytearray(path.read_bytes())
     data[int(at * (len(data) - 1))] ^= 1
@@ -135,8 +139,8 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "middle bit": lambda path: flip_bit(path, 0.5),
     "last bit": lambda path: flip_bit(path, 1.0),
     "truncated": truncate,
-    "emptied": lambda path: path.write_bytes(b""),
-    "appended": lambda path: path.write_bytes(path.read_bytes() + b" "),
+    "emptied": lambda path: rewrite(path, b""),
+    "appended": lambda path: rewrite(path, path.read_bytes() + b" "),
     "deleted": Path.unlink,
 }
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from training.tiny_run import DENSE, MOE, tiny_tokenizer
 
 from minimind import checkpoint
 from minimind.model.config import ModelConfig
 from minimind.model.transformer import Transformer
-from training.tiny_run import DENSE, MOE, tiny_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -49,15 +49,8 @@ def test_a_checkpoint_loads_in_transformers_as_it_is(case: str, tmp_path: Path) 
         [{"role": "user", "content": "hi"}], tokenize=False
     )
     assert checkpoint.verify(path) == []  # reading it changed nothing
-    again, _ = checkpoint.load(theirs_saved(theirs, auto, tmp_path / "theirs"))
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")  # and back: what Transformers writes, in shards
+    auto.save_pretrained(tmp_path / "theirs")
+    again, _ = checkpoint.load(tmp_path / "theirs")
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
-
-
-def theirs_saved(
-    model: "transformers.PreTrainedModel", auto: "transformers.PreTrainedTokenizerBase", path: Path
-) -> Path:  # type: ignore[name-defined]
-    """What Transformers writes, several shards of it."""
-    model.save_pretrained(path, max_shard_size="20KB")
-    auto.save_pretrained(path)
-    return path

@@ -8,13 +8,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+from training.tiny_run import TinySource, start, tiny_fit
 
 from minimind import checkpoint
 from minimind.errors import ConfigError
 from minimind.training.config import OptimConfig
 from minimind.training.metrics import read_metrics
 from minimind.training.run import RunDirectory
-from training.tiny_run import TinySource, start, tiny_fit
 
 FLAGS = ("--steps", "30", "--save-every", "3", "--optim", "muon", "--micro-rows", "4")
 OPTIM = OptimConfig(name="muon", lr=3e-3, muon_lr=0.01, muon_dtype="float32", warmup_steps=2)

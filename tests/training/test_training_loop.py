@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from training.tiny_run import DENSE, MOE, TinySource, tiny_fit
 
 from minimind import checkpoint
 from minimind.batch import Batch, Output
@@ -26,7 +27,6 @@ from minimind.training.config import LoopConfig, OptimConfig
 from minimind.training.metrics import read_metrics
 from minimind.training.run import RunDirectory
 from minimind.training.step import is_compiling_worth_it
-from training.tiny_run import DENSE, MOE, TinySource, tiny_fit
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ def test_a_source_that_dies_stops_the_run(tmp_path: Path, prefetch: bool) -> Non
                 raise DataError("rows.jsonl:7: gone")
             return super().micro_batches(step)
 
-    with pytest.raises(DataError, match="rows.jsonl:7: gone"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:7: gone"):
         tiny_fit(tmp_path, source=Dying(prefetch=prefetch))
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")][-1] == 6
     assert not [thread for thread in threading.enumerate() if thread.name == "minimind-prefetch"]
@@ -273,6 +273,7 @@ def test_all_checkpoints_bad_is_exit_4_and_nothing_is_overwritten(tmp_path: Path
         (path, path.read_bytes()) for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".txt"
     )
     aside = RunDirectory(tmp_path).start_afresh()
+    assert aside
     assert aside == tmp_path / "previous-1"
     assert (aside / "checkpoints" / "step-000010").is_dir()
     assert tiny_fit(tmp_path).steps == 10
@@ -331,14 +332,16 @@ def test_compiled_training_agrees_and_saves_plain_names(tmp_path: Path) -> None:
 def test_compiling_only_where_it_pays() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     large: dict[str, Any] = {"num_parameters": 26_000_000, "flops": 1e15}
+    short: dict[str, Any] = {"num_parameters": 26_000_000, "flops": 1e12}
+    small: dict[str, Any] = {"num_parameters": 1_000_000, "flops": 1e15}
     assert is_compiling_worth_it("on", cpu, num_parameters=1, flops=1)
     assert not is_compiling_worth_it("off", cuda, **large)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("shutil.which", lambda name: f"/bin/{name}")
         assert is_compiling_worth_it("auto", cuda, num_parameters=1, flops=1)
         assert is_compiling_worth_it("auto", cpu, **large)
-        assert not is_compiling_worth_it("auto", cpu, **large | {"flops": 1e12})
-        assert not is_compiling_worth_it("auto", cpu, **large | {"num_parameters": 1_000_000})
+        assert not is_compiling_worth_it("auto", cpu, **short)
+        assert not is_compiling_worth_it("auto", cpu, **small)
         patch.setattr("shutil.which", lambda _: None)
         assert not is_compiling_worth_it("auto", cuda, **large)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from training.tiny_run import TinySource
 
 from minimind.errors import ConfigError
 from minimind.training import progress
@@ -18,7 +19,6 @@ from minimind.training.metrics import Metrics, read_metrics, truncate_after
 from minimind.training.prefetch import Ahead
 from minimind.training.progress import Clock, Display, count, duration, peak_flops, progress_line, size
 from minimind.training.run import LOCK, RunDirectory, environment
-from training.tiny_run import TinySource
 
 ROW: dict[str, Any] = {
     "step": 120,
@@ -148,6 +148,7 @@ def test_starting_afresh_moves_everything_aside_and_deletes_nothing(tmp_path: Pa
         (run.path / "checkpoints" / "step-000001").mkdir(parents=True)
         (run.path / "latest").symlink_to("checkpoints/step-000001")
         aside = run.start_afresh()
+        assert aside
         assert aside == run.path / f"previous-{round_number}"
         assert (aside / "config.toml").read_text() == f"round = {round_number}\n"
         assert (aside / "latest").resolve() == (aside / "checkpoints" / "step-000001").resolve()

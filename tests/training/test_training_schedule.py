@@ -1,6 +1,7 @@
 """The learning rate as a function of the step."""
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -21,7 +22,7 @@ def test_cosine_warms_up_and_ends_at_its_ratio() -> None:
     assert factors[9] == factors[10] == 1.0
     assert factors[60] == pytest.approx(0.6)  # half way down
     assert factors[110] == pytest.approx(0.2)
-    assert all(later <= earlier for earlier, later in zip(factors[10:], factors[11:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(factors[10:]))
 
 
 def test_warmup_stable_decay() -> None:

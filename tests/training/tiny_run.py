@@ -144,7 +144,7 @@ def start(run: Path, *flags: str, fault: str = "") -> BaseProcess:
 
 def _run_script(argv: list[str], fault: str) -> None:
     os.environ["MINIMIND_FAULT"] = fault
-    log = Path(argv[0]).with_suffix(".stderr").open("a")  # noqa: SIM115 - until the process ends
+    log = Path(argv[0]).with_suffix(".stderr").open("a")
     os.dup2(log.fileno(), 2)
     torch.set_num_threads(1)
     sys.exit(main(argv))
