@@ -1,13 +1,13 @@
 """Train a tokenizer: learn which byte sequences of the given texts deserve an id of their own (byte-level BPE).
 
-It reads the same files as the later stages, conversations included, and reports how short it writes each language.
+It reads the same files as the later stages; conversations are rendered by the chat template first, so that role names
+and tool schemas become short too. It reports how short it writes each language.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 CJK = ("\u3400", "\u9fff")
 """A text is counted as Chinese when a fifth of its characters stand between these."""
 
-REPORTED_CHARACTERS = 2_000_000
+REPORTED_CHARACTERS = 200_000
 """How much text of each language the compression is measured on."""
 
 
@@ -52,51 +52,43 @@ class Config:
 def run(config: Config) -> "Tokenizer":
     """Train, save to `config.out`, and return the tokenizer."""
     from minimind.tokenizer.bpe import Tokenizer
-    from minimind.tokenizer.train import train
+    from minimind.tokenizer.train import MIN_VOCAB_SIZE, train
 
     reference = Tokenizer.load(config.reference) if config.reference else None
+    bytes_only = train(["\n"], MIN_VOCAB_SIZE)
+    if config.chat_template is not None:
+        if not config.chat_template.is_file():
+            raise ConfigError(f"chat_template = {config.chat_template}: no such file; name a Jinja template")
+        bytes_only.chat_template = config.chat_template.read_text(encoding="utf-8")
     tokenizer = train(
-        texts(config.files),
+        texts(config.files, bytes_only),
         config.vocab_size,
         single_digits=config.single_digits,
         min_frequency=config.min_frequency,
     )
-    if config.chat_template is not None:
-        if not config.chat_template.is_file():
-            raise ConfigError(
-                f"chat_template = {config.chat_template}: no such file; give the path of a Jinja template"
-            )
-        tokenizer.chat_template = config.chat_template.read_text(encoding="utf-8")
+    tokenizer.chat_template = bytes_only.chat_template
     tokenizer.save(config.out)
     report(tokenizer, config, reference)
     return tokenizer
 
 
-def texts(files: Sequence[Path]) -> Iterator[str]:
-    """Yield every text of every row: plain texts, the parts of each turn. DataError for a bad row."""
+def texts(files: Sequence[Path], tokenizer: "Tokenizer") -> Iterator[str]:
+    """Yield the text of every row, conversations as the chat template renders them. DataError for a bad row."""
     from minimind.data import conversation, text
     from minimind.data.jsonl import read_rows
     from minimind.errors import DataError
+    from minimind.tokenizer.chat import render_text
 
     for file in files:
         for row in read_rows(file):
             if "text" in row.data:
                 found, problems = text.read(row.data)
-                parts = [found]
             else:
                 turns, problems = conversation.read(row.data)
-                parts = [part for message in turns.messages for part in _parts(message)]
+                found = "" if problems else render_text(tokenizer, turns.messages, tools=turns.tools)
             if problems:
                 raise DataError(f"{row.file}:{row.line}: {'; '.join(problems)}")
-            yield from parts
-
-
-def _parts(message: dict[str, Any]) -> Iterator[str]:
-    for key in ("content", "reasoning_content"):
-        if message.get(key):
-            yield message[key]
-    if message.get("tool_calls"):
-        yield json.dumps(message["tool_calls"], ensure_ascii=False)
+            yield found
 
 
 def report(tokenizer: "Tokenizer", config: Config, reference: "Tokenizer | None") -> None:
@@ -107,7 +99,7 @@ def report(tokenizer: "Tokenizer", config: Config, reference: "Tokenizer | None"
     log = get_logger("tokenizer")
     sample: dict[str, list[str]] = {"zh": [], "other": []}
     left = dict.fromkeys(sample, REPORTED_CHARACTERS)
-    for text in texts(config.files):
+    for text in texts(config.files, tokenizer):
         language = "zh" if sum(CJK[0] <= c <= CJK[1] for c in text) * 5 > len(text) else "other"
         if left[language] > 0:
             sample[language].append(text)
