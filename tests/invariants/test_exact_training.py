@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 from training.tiny_run import DENSE, MOE, TinySource, tiny_fit
 
+from minimind import checkpoint
 from minimind.model.config import ModelConfig
 from minimind.training.config import OptimConfig
 from minimind.training.metrics import read_metrics
@@ -116,18 +118,16 @@ def test_the_loss_of_a_step_is_the_mean_over_its_tokens(tmp_path: Path) -> None:
     assert loss.item() == pytest.approx(math.log(DENSE.vocab_size), abs=0.1)
 
 
-def torchrun(run: Path, *flags: str, processes: int = 2, check: bool = True) -> subprocess.CompletedProcess[str]:
+def torchrun(run: Path, *flags: str, processes: int = 2, check: bool = True, fault: str = "") -> str:
+    """Train with the script under torchrun; returns what it said on stderr."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     root = str(Path(__file__).parents[2])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    return subprocess.run(
-        [*command, str(SCRIPT), str(run), *flags],
-        capture_output=True,
-        text=True,
-        check=check,
-        env=environment,
-        timeout=120,
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "MINIMIND_FAULT": fault}
+    ended = subprocess.run(
+        [*command, str(SCRIPT), str(run), *flags], capture_output=True, text=True, env=environment, timeout=180
     )
+    assert (ended.returncode == 0) == check, ended.stderr
+    return ended.stderr
 
 
 @pytest.mark.parametrize(
@@ -160,25 +160,49 @@ def test_two_processes_are_one(tmp_path: Path, flags: tuple[str, ...]) -> None:
 
 
 @pytest.mark.slow
-def test_world_size_two_one_two(tmp_path: Path) -> None:
-    for steps, processes in ((4, 2), (8, 1), (12, 2)):
-        torchrun(tmp_path / "run", "--steps", str(steps), "--save-every", "2", processes=processes)
-    torchrun(tmp_path / "same", "--steps", "12", "--save-every", "2", processes=1)
-    # The schedule of the pieces differs (the run was planned shorter), so only the samples are compared.
-    rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("run", "same")]
-    for ours, theirs in zip(*rows, strict=True):
-        assert (ours["step"], ours["step_tokens"], ours["step_weight"]) == (
-            theirs["step"],
-            theirs["step_tokens"],
-            theirs["step_weight"],
-        )
+@pytest.mark.parametrize("sizes", [(2, 1, 2), (1, 2, 1)], ids=str)
+def test_the_number_of_processes_may_change_at_every_resume(tmp_path: Path, sizes: tuple[int, int, int]) -> None:
+    run, flags = tmp_path / "run", ("--steps", "12", "--save-every", "2", "--micro-rows", "4")
+    for processes, fault in zip(sizes, ("pruned:2", "pruned:2", ""), strict=True):  # killed after steps 4 and 8
+        torchrun(run, *flags, processes=processes, fault=fault, check=not fault)
+    tiny_fit(tmp_path / "whole", steps=12, save_every=2, source=TinySource(micro_rows=4), optim=ADAMW)
+    changed, whole = (read_metrics(path / "metrics.jsonl") for path in (run, tmp_path / "whole"))
+    assert [row["step"] for row in changed] == list(range(1, 13))
+    for ours, theirs in zip(changed, whole, strict=True):
+        assert (ours["tokens"], ours["step_weight"]) == (theirs["tokens"], theirs["step_weight"])
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-6)
 
 
 @pytest.mark.slow
 def test_nan_on_one_of_two_ranks_changes_no_weight_on_any(tmp_path: Path) -> None:
-    ended = torchrun(tmp_path, "--poison-step", "7", "--save-every", "7", check=False)
-    assert ended.returncode != 0
-    assert "step 8: loss nan" in ended.stderr
+    assert "step 8: loss nan" in torchrun(tmp_path, "--poison-step", "7", "--save-every", "7", check=False)
     kept = sorted(path.name for path in (tmp_path / "diverged").glob("*.safetensors"))
     assert kept == ["step-000008-rank-0.safetensors", "step-000008-rank-1.safetensors"]
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")][-1] == 7
+    latest = checkpoint.find_latest(tmp_path)
+    assert latest
+    mended = tiny_fit(tmp_path, save_every=7)
+    assert mended.metrics["train_loss"] == pytest.approx(
+        tiny_fit(tmp_path / "whole", save_every=7).metrics["train_loss"], rel=1e-6
+    )
+
+
+@pytest.mark.slow
+def test_a_signal_to_torchrun_saves_on_every_rank_alike(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SCRIPT)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    with (tmp_path / "stderr").open("w") as log:
+        process = subprocess.Popen(
+            [*command, str(tmp_path / "run"), "--steps", "500", "--delay", "0.05"], env=environment, stderr=log
+        )
+        while not any(row["step"] >= 4 for row in read_metrics(tmp_path / "run" / "metrics.jsonl")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(30) != 0
+    found = checkpoint.find_latest(tmp_path / "run")
+    assert found
+    saved = checkpoint.read(found)
+    assert saved.step == read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"]
+    assert len(saved.state["rng"]) == 2
+    assert "stopped and saved: step" in (tmp_path / "stderr").read_text()
