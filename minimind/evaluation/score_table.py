@@ -24,7 +24,9 @@ def print_scores(scores: Sequence[Score], stream: TextIO) -> None:
     console = Console(file=stream, width=None if stream.isatty() else WIDTH, highlight=False)
     for form in dict.fromkeys(score.form for score in scores):
         of_form = [score for score in scores if score.form == form]
-        console.print(_table(of_form, has_rules=console.is_terminal))
+        with console.capture() as captured:
+            console.print(_table(of_form, has_rules=console.is_terminal))
+        stream.writelines(f"{line.rstrip()}\n" for line in captured.get().splitlines())
 
 
 def percent(share: float) -> str:
@@ -73,5 +75,5 @@ def _cells(domain: str, scores: dict[str, Score], languages: Sequence[str]) -> l
         ]
     both = overall(list(scores.values()))
     best = max(scores.values(), key=lambda score: score.shortcut_accuracy)
-    shortcut = f"{percent(both.shortcut_accuracy)} {best.shortcut}" if best.shortcut else ""
+    shortcut = f"{percent(both.shortcut_accuracy)} {best.shortcut}" if best.shortcut_accuracy else ""
     return [*cells, percent(both.chance), shortcut]
