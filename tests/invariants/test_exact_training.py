@@ -84,14 +84,12 @@ def test_validation_and_samples_change_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("config", "optim"), [(DENSE, MUON_FP32), (MOE, ADAMW)], ids=["dense-muon", "moe-adamw"])
 def test_the_split_into_micro_batches_changes_nothing(config: ModelConfig, optim: OptimConfig, tmp_path: Path) -> None:
     curves: dict[int, list[float]] = {}
-    for micro_rows in (8, 4, 1):
+    for micro_rows in (8, 1):
         run = tmp_path / str(micro_rows)
         tiny_fit(run, steps=20, save_every=0, config=config, optim=optim, source=TinySource(micro_rows=micro_rows))
         curves[micro_rows] = [row["train_loss"] for row in read_metrics(run / "metrics.jsonl")]
-    for micro_rows in (4, 1):
-        assert len(curves[micro_rows]) == 20
-        for ours, theirs in zip(curves[micro_rows], curves[8], strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-6)
+    assert len(curves[8]) == 20
+    assert curves[1] == pytest.approx(curves[8], rel=1e-6)
     assert curves[8][-1] < curves[8][0] - 0.1
 
 
