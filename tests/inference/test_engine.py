@@ -1,4 +1,5 @@
 from collections.abc import Iterator, Sequence
+from random import Random
 
 import pytest
 import torch
@@ -383,3 +384,41 @@ def test_unseeded_sampling_repeats_under_the_global_seed_and_differs_without(mod
     assert run() == first
     assert second != first
     assert first[0] != first[1]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_any_schedule_of_requests_gives_each_its_own_answer(model: Transformer, seed: int) -> None:
+    random = Random(seed)
+    prompts = prompts_of(6, seed=seed, longest=20)  # few, so that groups form
+    alone = Engine(model, max_batch_size=1, max_length=48)
+    engine = Engine(model, max_batch_size=random.choice([3, 8, 17]), max_length=48)
+    wanted: dict[int, list[int]] = {}
+    found: dict[int, list[int]] = {}
+    cancelled: set[int] = set()
+    while len(wanted) < 45 or engine.num_running or engine.num_waiting:
+        for _ in range(random.choice([0, 0, 1, 2, 9]) if len(wanted) < 45 else 0):
+            params = SamplingParams(
+                temperature=random.choice([0, 0.9]),
+                top_p=random.choice([1, 0.8]),
+                repetition_penalty=random.choice([1, 1.3]),
+                seed=random.randrange(1000),
+                stop_ids=tuple(random.sample(range(3, 97), random.choice([0, 8]))),
+                max_tokens=random.randint(1, 40),
+            )
+            prompt = random.choice(prompts)
+            request_id = engine.submit(prompt, params)
+            wanted[request_id] = alone.generate([prompt], params)[0].ids
+        if wanted and random.random() < 0.1:
+            request_id = random.choice(list(wanted))
+            if engine.cancel(request_id):
+                cancelled.add(request_id)
+        for event in engine.step():
+            assert (event.finish_reason == "cancelled") == (event.token_id < 0)
+            if event.token_id >= 0:
+                found.setdefault(event.request_id, []).append(event.token_id)
+    assert cancelled
+    for request_id, ids in wanted.items():
+        if request_id in cancelled:
+            assert found.get(request_id, []) == ids[: len(found.get(request_id, []))]
+        else:
+            assert found[request_id] == ids
