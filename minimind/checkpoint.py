@@ -310,7 +310,7 @@ def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path / MANIFEST}: malformed: {error}") from error
     if not is_as_written or any(Path(name).name != name for name in files):
-        raise CheckpointError(f"{path / MANIFEST}: altered since it was written")
+        raise CheckpointError(f"{path / MANIFEST}: altered since it was written, or not of format {FORMAT}")
     match = _VISIBLE.fullmatch(path.name)
     if match and int(match[1]) != step:
         raise CheckpointError(f"{path}: holds the files of step {step}")

@@ -194,7 +194,9 @@ class _Training:
         self.optimizer = Optimizer(model, optim)
         if found:
             _log.info("resuming %s at step %d of %d", found.path, self.at.step, loop.steps)
-            getattr(batches, "load_state", batches.check_state)(found.state["batches"])
+            batches.check_state(found.state["batches"])
+            if load_state := getattr(batches, "load_state", None):
+                load_state(found.state["batches"])
             model.load_disk_state_dict(found.model_state)
             self.optimizer.load_state_dict(found.optimizer_state)
         self.stepper = Stepper(  # after loading: DDP hands the weights of rank 0 around when it is made
@@ -216,12 +218,8 @@ class _Training:
         self.stepper.scaler.load_state_dict(saved["scaler"])
         if distributed.rank() < len(saved["rng"]):  # a rank that is new keeps the seed it was given
             set_rng_state(saved["rng"][distributed.rank()])
-        here = self._settings()
-        changed = [
-            f"{key} {saved['settings'].get(key)} -> {here[key]}"
-            for key in here
-            if saved["settings"].get(key) != here[key]
-        ]
+        then, now = saved["settings"], self._settings()
+        changed = [f"{key} {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key]]
         if changed:
             _log.warning("settings changed since the checkpoint, so the run is another one now: %s", ", ".join(changed))
 

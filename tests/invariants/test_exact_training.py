@@ -62,9 +62,14 @@ def test_ten_steps_are_five_and_resume_five(case: str, tmp_path: Path) -> None:
     assert resumed.state_hash == whole.state_hash
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
     assert (resumed.steps, resumed.tokens) == (whole.steps, whole.tokens) == (10, 960)
-    assert tiny_fit(tmp_path / "cut", **options).state_hash == whole.state_hash  # nothing left to do
-    options["seed"] = 1
-    assert tiny_fit(tmp_path / "other", **options).state_hash != whole.state_hash
+
+
+def test_a_finished_run_stays_and_another_seed_differs(tmp_path: Path) -> None:
+    whole = tiny_fit(tmp_path / "whole")
+    before = (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    assert tiny_fit(tmp_path / "whole").state_hash == whole.state_hash  # nothing left to do
+    assert (tmp_path / "whole" / "metrics.jsonl").read_bytes() == before
+    assert tiny_fit(tmp_path / "other", seed=1).state_hash != whole.state_hash
 
 
 def test_validation_and_samples_change_nothing(tmp_path: Path) -> None:
