@@ -2,9 +2,9 @@
 
     python benchmarks/real_text.py --data FOLDER --out runs/real-text [--tokens 1500000]
 
-FOLDER holds `tinystories/`, `zh_classics/`, `sft_llamafactory/` and `sft_kdconv_zh/` as published. Each run must end with a
-lower validation loss than it began with; the figures go to `benchmarks/results/real_text.json`, the samples stay in the
-runs' `samples.jsonl`. Only commands that a user types are called.
+FOLDER holds `tinystories/`, `zh_classics/`, `sft_llamafactory/` and `sft_kdconv_zh/` as published. Each run must end
+with a lower validation loss than it began with. The figures go to `benchmarks/results/real_text.json`, the samples stay
+in the runs' `samples.jsonl`. Only commands that a user types are called.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def main() -> None:
     options = parser.parse_args()
     english = sorted((options.data / "tinystories").glob("*.txt"))
     chinese = [file for file in sorted((options.data / "zh_classics").glob("*.txt")) if "LICENSE" not in file.name]
-    tools = [file for file in sorted((options.data / "sft_llamafactory").glob("*.json*"))]
+    tools = sorted((options.data / "sft_llamafactory").glob("*.json*"))
     turns = sorted((options.data / "sft_kdconv_zh").glob("*.json"))
     tokenizer = options.out / "tokenizer"
     if minimind(["train-tokenizer", "--data", *map(str, [*english, *chinese, *tools]), "--out", str(tokenizer)]):
