@@ -1,5 +1,6 @@
 """The table of commands: what it prints, what it returns, and that it stays fast."""
 
+import os
 import subprocess
 import sys
 import time
@@ -53,6 +54,19 @@ def test_unknown_command_suggests(capsys: pytest.CaptureFixture[str]) -> None:
 def test_half_a_command_lists_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["data"]) == 2
     assert "minimind data check" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("given", "seen"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_waiting_threads_sleep_unless_told_otherwise(
+    install: Callable[..., None], monkeypatch: pytest.MonkeyPatch, given: str | None, seen: str
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+    if given is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    policies: list[str] = []
+    install(lambda argv: policies.append(os.environ["OMP_WAIT_POLICY"]))
+    assert cli.main(["probe"]) == 0
+    assert policies == [seen]
 
 
 def test_words_after_the_command_reach_it(install: Callable[..., None]) -> None:
