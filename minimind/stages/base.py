@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from minimind.tokenizer.bpe import Tokenizer
 
 
-_COUNTS = ("steps", "epochs", "batch_tokens", "micro_batch_tokens")
-_INTERVALS = ("save_every", "eval_every", "eval_tokens", "sample_every", "seed")
+_NOT_NEGATIVE = (
+    *("steps", "epochs", "batch_tokens", "micro_batch_tokens", "seed"),
+    *("save_every", "eval_every", "eval_tokens", "sample_every"),
+)
 
 
 @dataclass(frozen=True)
@@ -74,18 +76,11 @@ class TrainingConfig:
         """Return what is impossible in these values, one sentence each."""
         found = [
             f"{name} = {getattr(self, name)}: must not be negative"
-            for name in (
-                "steps",
-                "epochs",
-                "batch_tokens",
-                "micro_batch_tokens",
-                "save_every",
-                "eval_every",
-                "sample_every",
-                "eval_tokens",
-            )
-            if getattr(self, name) < 0
+            for name in _NOT_NEGATIVE
+            if not getattr(self, name) >= 0
         ]
+        if self.log_every < 1:
+            found.append(f"log_every = {self.log_every}: at least 1")
         if self.steps == 0 and self.epochs == 0:
             found.append("steps = 0 and epochs = 0: nothing to train; give --steps or --epochs")
         if not self.data.files:

@@ -4,6 +4,7 @@ It plugs rooms together: data -> rows -> loader -> loop, with validation and sam
 """
 
 from dataclasses import replace
+from functools import cache
 from itertools import islice
 from math import ceil
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ def train(
 
     Raises ConfigError for a batch or row that cannot be, DataError for bad or changed data, and whatever `fit` raises.
     """
+    from minimind.checkpoint import checkpoints_of
     from minimind.config import to_toml
     from minimind.data.dataset import train_and_validation
     from minimind.data.loader import Loader
@@ -73,8 +75,14 @@ def train(
     with run:
         if config.fresh or not config.resume:
             run.start_afresh()
-        run.write_config(to_toml(config))
-        run.write_environment({"train": datasets[0].fingerprint, "tokenizer": tokenizer.sha256})
+
+        @cache
+        def describe() -> None:
+            run.write_config(to_toml(config))
+            run.write_environment({"train": datasets[0].fingerprint, "tokenizer": tokenizer.sha256})
+
+        if not checkpoints_of(run.path):  # one to go on with keeps its description until a step was really made
+            describe()
         return fit(
             model,
             objective,
@@ -90,6 +98,7 @@ def train(
             tokenizer=tokenizer,
             validate=validate if validation else None,
             sample=Sampler(model, tokenizer, datasets[1] or datasets[0]) if config.sample_every else None,
+            on_step=lambda *_: describe(),
         )
 
 

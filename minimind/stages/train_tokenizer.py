@@ -46,7 +46,12 @@ class Config:
 
     def problems(self) -> list[str]:
         """Return what is impossible in these values, one sentence each."""
-        return [] if self.files else ["data: no file to learn from; give --data FILE ..."]
+        found = [] if self.files else ["data: no file to learn from; give --data FILE ..."]
+        if self.min_frequency < 1:
+            found.append(f"min_frequency = {self.min_frequency}: at least 1")
+        if self.out.exists() and not self.out.is_dir():
+            found.append(f"out = {self.out}: is a file; give the folder to write the tokenizer to")
+        return found
 
 
 def run(config: Config) -> "Tokenizer":
