@@ -1,7 +1,8 @@
 # minimind on a bare machine: needs only Python 3.11 or newer. Everything is installed into .venv; nothing global is touched.
 #
 #   PYTHON=...       the Python to use (default: the first of python3, python3.13, ... that is new enough)
-#   TORCH_INDEX=...  the package index to take torch from, such as PyTorch's own index of CPU builds (see README.md)
+#   TORCH_INDEX=...  the package index to take torch from (default: PyTorch's own index of CPU builds on a Linux machine
+#                    without NVIDIA GPU, where the usual one would add gigabytes of CUDA; else the usual one)
 #   RUN=...          the run that `make chat` talks with (default: runs/demo/sft)
 
 .DEFAULT_GOAL := help
@@ -14,6 +15,7 @@ PIP := $(PY) -m pip install -qq --disable-pip-version-check --no-input -c constr
 RUN ?= runs/demo/sft
 TORCH ?= torch
 TORCH_INDEX ?=
+CPU_INDEX := https://download.pytorch.org/whl/cpu
 PYTEST_ARGS ?= -n 2
 
 CANDIDATES := python3 python3.13 python3.12 python3.11 python3.14 python
@@ -64,9 +66,12 @@ $(VENV)/.minimind-dev: $(VENV)/.torch pyproject.toml constraints.txt
 
 $(VENV)/.torch: constraints.txt | $(PY)
 	@echo "Installing torch into $(VENV) (the largest part, once) ..." >&2
-	@if [ -z "$(TORCH_INDEX)" ] && [ "$$(uname -sm)" = "Linux x86_64" ] && ! command -v nvidia-smi >/dev/null 2>&1; then \
-	   echo "  No NVIDIA GPU here: TORCH_INDEX=... saves gigabytes by taking PyTorch's CPU build (see README.md)." >&2; fi
-	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	@index="$(TORCH_INDEX)"; \
+	 if [ -z "$$index" ] && [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1; then \
+	   if $(PY) -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1] + "/torch/", timeout=3)' "$(CPU_INDEX)" 2>/dev/null; \
+	   then index="$(CPU_INDEX)"; fi; \
+	 fi; \
+	 $(PIP) $${index:+--index-url "$$index"} $(TORCH)
 	@touch $@
 
 $(PY):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from minimind.model.block_attention import block_attention
 from minimind.model.config import ModelConfig
-from minimind.model.layout import Layout, Lengths, varlen_attn
+from minimind.model.layout import Layout, Lengths
 from minimind.model.norm import RMSNorm
 from minimind.model.rope import rotate
 
@@ -55,7 +55,8 @@ def reference_attention(
 def _flash(
     q: Float[Tensor, "B T H Dh"], k: Float[Tensor, "B T K Dh"], v: Float[Tensor, "B T K Dh"], lengths: Lengths
 ) -> Float[Tensor, "B T H Dh"]:
-    assert varlen_attn is not None
+    from torch.nn.attention.varlen import varlen_attn
+
     flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, k, v))  # (B * T, heads, Dh)
     group = q.shape[2] // k.shape[2]
     if group > 1:  # older torch has no grouped queries here

@@ -90,7 +90,7 @@ class CacheAccess:
                 rows = torch.arange(k.shape[0], device=k.device) if self.rows is None else self.rows
                 keys[rows[:, None], :, self.slots] = k.to(keys.dtype)
                 values[rows[:, None], :, self.slots] = v.to(values.dtype)
+        keys, values = keys[:, :, : self.cache.extent], values[:, :, : self.cache.extent]
         if self.rows is not None:
             keys, values = keys[self.rows], values[self.rows]
-        extent = self.cache.extent
-        return keys[:, :, :extent].transpose(1, 2).to(k.dtype), values[:, :, :extent].transpose(1, 2).to(v.dtype)
+        return keys.transpose(1, 2).to(k.dtype), values.transpose(1, 2).to(v.dtype)

@@ -5,6 +5,7 @@ cache. It knows token indices only, neither heads nor values.
 """
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -16,13 +17,12 @@ from minimind.errors import ConfigError
 from minimind.model.block_attention import Buckets, buckets_of, rows_as_documents
 from minimind.model.cache import CacheAccess, KVCache
 
-try:  # torch's wrapper of flash attention over documents of unequal length
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None
-
 Kernel = Literal["dense", "blocks", "varlen"]
 """dense: SDPA, under a mask where rows are packed. blocks: `block_attention` (CPU). varlen: flash attention (CUDA)."""
+
+
+_HAS_VARLEN = find_spec("torch.nn.attention.varlen") is not None
+"""torch's flash attention over documents of unequal length; importing it costs a second that only a GPU should pay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ def pick_kernel(device: torch.device, dtype: torch.dtype, length: int, *, is_pac
     if device.type == "cpu":
         return "blocks" if is_packed or dtype != torch.float32 or length >= 320 else "dense"
     is_half = dtype in (torch.bfloat16, torch.float16)
-    if not is_packed or not is_half or device.type != "cuda" or varlen_attn is None:
+    if not is_packed or not is_half or device.type != "cuda" or not _HAS_VARLEN:
         return "dense"
     # Counting the documents waits for the device once per forward, which a compiled graph cannot.
     has_flash = torch.cuda.get_device_capability(device) >= (8, 0) and not torch.compiler.is_compiling()

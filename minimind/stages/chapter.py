@@ -1,10 +1,11 @@
 """A chapter of the demo: one stage with the held-out questions asked before and after it, as results and as report.
 
-It knows how to question a checkpoint and how to tell what changed; which stages there are, the demo knows.
+It knows how to question a checkpoint and tell what changed; which stages there are, the demo knows.
 """
 
 import json
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,8 +80,6 @@ class Chapter:
 
     def _bits_per_byte(self) -> list[Result]:
         rows = [row for row in read_jsonl(self.run / "metrics.jsonl") if "val_bits_per_byte" in row]
-        if not rows:
-            return []
         first, last = rows[0]["val_bits_per_byte"], rows[-1]["val_bits_per_byte"]
         numbers: dict[str, Any] = {"before": first, "after": last, "low": None, "high": None, "n": None}
         numbers |= {"target": self.floor, "met": last < first, "seconds": round(self.fitted.seconds, 1)}
@@ -118,13 +117,13 @@ class Chapter:
 
 def read_questions(path: Path, most: int) -> list[dict[str, Any]]:
     """Return the first `most` questions of the main set for each domain and language."""
-    counts: dict[tuple[str, str], int] = {}
+    counts: Counter[tuple[str, str]] = Counter()
     chosen: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8").splitlines():
         question = json.loads(line)
         key = (question["domain"], question["language"])
-        if question["set"] == "main" and counts.get(key, 0) < most:
-            counts[key] = counts.get(key, 0) + 1
+        if question["set"] == "main" and counts[key] < most:
+            counts[key] += 1
             chosen.append(question)
     return chosen
 
@@ -146,6 +145,6 @@ def question_model(
     scores = tasks.ask(
         *(model, tokenizer, questions), form=form, grader=grade, max_tokens=ANSWER_TOKENS, on_record=records.append
     )
-    accuracy, seconds = tasks.overall(scores).accuracy, time.monotonic() - start
-    _log.info("%d held-out questions asked as %s: %.1f %% right, %.0f s", len(records), form, 100 * accuracy, seconds)
+    share, seconds = 100 * tasks.overall(scores).accuracy, time.monotonic() - start
+    _log.info("%d held-out questions, asked as %s: %.1f %% right, %.0f s", len(records), form, share, seconds)
     return scores, records
