@@ -163,12 +163,15 @@ def common(config: Config, stage: str, tokens: int) -> dict[str, Any]:
 
 
 def write_world(out: Path, seed: int, budget: Budget) -> None:
-    """Write the world's files, unless this very world is there already."""
+    """Write the world's files, unless this very world is there already; runs on another world are moved aside."""
+    from minimind.training.run import RunDirectory
     from minimind.world.write import SIZES, write
 
     about = {"seed": seed, "scale": budget.world}
     done = out / "demo.json"
     if not (done.is_file() and json.loads(done.read_text()) == about):
+        for stage in ("pretrain", "sft"):
+            RunDirectory(out.parent / stage).start_afresh()
         done.unlink(missing_ok=True)
         write(out, seed=seed, sizes=SIZES[budget.world])
         write_json(done, about)

@@ -1,0 +1,123 @@
+"""`minimind demo` with next to nothing to do: what it writes, and that an interrupted one goes on."""
+
+import json
+import shutil
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stages.tiny_stage import SHAPE, after_update, curve, exit_code, send
+
+from minimind import checkpoint, demo
+from minimind.model.config import ModelConfig
+from minimind.stages import chapter
+from minimind.training.metrics import read_metrics
+from minimind.world import write as world
+
+STEPS = 4
+KEYS = ["stage", "metric", "before", "after", "low", "high", "n", "target", "met", "seconds"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny() -> Iterator[None]:
+    """Make everything small."""
+    tokens = STEPS * demo.BATCH_TOKENS
+    sizes = replace(world.SIZES["quick"], pretrain=60, sft=60, held_out=8, questions=1)
+    shape: dict[str, Any] = {name.replace("-", "_"): value for name, value in SHAPE.items()}
+    model = ModelConfig(**(shape | {"max_position_embeddings": 2048}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "QUICK", demo.Budget("quick", tokens, tokens, 1))
+        patch.setattr(demo, "VOCAB_SIZE", 400)
+        patch.setattr(demo, "demo_model", lambda: model)
+        patch.setattr(chapter, "ANSWER_TOKENS", 4)
+        patch.setitem(world.SIZES, "quick", sizes)
+        yield
+
+
+def quick(out: Path, *flags: str) -> int:
+    return exit_code(["demo", "--quick", "--out", str(out), "--device", "cpu", *flags])
+
+
+def results(out: Path) -> list[dict[str, Any]]:
+    return json.loads((out / "results.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted demo."""
+    out = tmp_path_factory.mktemp("whole")
+    assert quick(out) == 0
+    return out
+
+
+def test_what_it_writes(whole: Path) -> None:
+    rows = results(whole)
+    assert all(list(row) == KEYS for row in rows)
+    lines = (whole / "world" / "questions-test.jsonl").read_text(encoding="utf-8").splitlines()
+    asked = {f"{q['domain']} {q['language']}" for q in map(json.loads, lines) if q["set"] == "main"}
+    assert len(asked) >= 40
+    for stage in ("pretrain", "sft"):
+        own = {row["metric"]: row for row in rows if row["stage"] == stage}
+        bits = own.pop("bits per byte")
+        assert bits["after"] < bits["before"]
+        assert bits["met"] is True
+        assert (bits["target"] is None) == (stage == "sft")  # the entropy of the text is known, that of the chats not
+        assert set(own) == asked
+        for row in own.values():
+            assert 0 <= row["low"] <= row["after"] <= row["high"] <= 1
+            assert row["n"] == 1
+            assert row["met"] == (row["target"] is not None and row["after"] >= row["target"])
+            assert row["target"] == (demo.TARGETS.get(row["metric"].rsplit(" ", 1)[0]) if stage == "sft" else None)
+    report = (whole / "report.html").read_text(encoding="utf-8")
+    assert report.lstrip().lower().startswith("<!doctype html>")
+    assert "http://" not in report.replace("http://www.w3.org", "")  # nothing is loaded from anywhere
+    assert "<script src" not in report
+    assert "who-one" in report
+
+
+def test_an_interrupted_demo_goes_on(whole: Path, tmp_path: Path) -> None:
+    for stage in ("pretrain", "sft"):
+        with after_update(2, send(signal.SIGINT)):
+            assert quick(tmp_path) == 130
+        assert checkpoint.read(tmp_path / stage / "latest").step == 2
+        assert not (tmp_path / "results.json").exists()
+    assert quick(tmp_path) == 0
+    for stage in ("pretrain", "sft"):
+        assert curve(tmp_path / stage) == curve(whole / stage)
+        mine, theirs = (read_metrics(folder / stage / "metrics.jsonl") for folder in (tmp_path, whole))
+        assert [row["val_loss"] for row in mine if "val_loss" in row] == [
+            row["val_loss"] for row in theirs if "val_loss" in row
+        ]
+    assert _timeless(results(tmp_path)) == _timeless(results(whole))
+    assert not list(tmp_path.glob("*/previous-*"))
+
+
+def test_a_demo_on_another_world_moves_the_earlier_runs_aside(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = shutil.copytree(whole, tmp_path / "demo", symlinks=True)
+    assert quick(out, "--seed", "1") == 0
+    for stage in ("pretrain", "sft"):
+        assert (out / stage / "previous-1" / "checkpoints" / f"step-{STEPS:06d}").is_dir()
+        assert curve(out / stage) != curve(whole / stage)
+    assert _timeless(results(out)) != _timeless(results(whole))
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert all(f"── {part}" in said for part in ("World", "Tokenizer", "Pretraining", "Fine-tuning", "Report"))
+    assert f"Report: {out / 'report.html'}" in said
+    assert f"minimind chat {out / 'sft'}" in said
+
+
+def test_two_budgets_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert quick(tmp_path, "--full") == 2
+    assert "quick and full: choose one" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("mine")
+    assert quick(tmp_path / "file") == 2
+    assert "--out" in capsys.readouterr().err
+
+
+def _timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
