@@ -27,7 +27,8 @@ def tiny() -> Iterator[None]:
     tokens = STEPS * demo.BATCH_TOKENS
     sizes = replace(world.SIZES["quick"], pretrain=60, sft=60, held_out=8, questions=1)
     shape: dict[str, Any] = {name.replace("-", "_"): value for name, value in SHAPE.items()}
-    model = ModelConfig(**(shape | {"max_position_embeddings": 2048}))
+    shape["max_position_embeddings"] = 2048
+    model = ModelConfig(**shape)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "QUICK", demo.Budget("quick", tokens, tokens, 1))
         patch.setattr(demo, "VOCAB_SIZE", 400)

@@ -98,7 +98,7 @@ def train(
             tokenizer=tokenizer,
             validate=validate if validation else None,
             sample=Sampler(model, tokenizer, datasets[1] or datasets[0]) if config.sample_every else None,
-            on_step=lambda *_: describe(),
+            on_step=lambda _step, _row: describe(),
         )
 
 

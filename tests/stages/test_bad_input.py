@@ -182,8 +182,9 @@ BAD_CONVERSATIONS = {
 
 def test_bad_conversations_stop_a_run(files: Files, refused: Refused) -> None:
     good = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
+    data = files.folder / "bad.jsonl"
     for line, what in BAD_CONVERSATIONS.items():
-        data = write_rows(files.folder / "bad.jsonl", [good, line])
+        write_rows(data, [good, line])
         said = refused(DATA, *files.argv("sft", "run", data=data))
         assert f"{data}:2: " in said, line
         assert what in said, line

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -81,7 +81,7 @@ def exit_code(argv: Sequence[str]) -> int:
 
 
 @contextlib.contextmanager
-def after_update(step: int, do: Callable[[], object]) -> Iterator[None]:
+def after_update(step: int, do: Callable[[], object]) -> Generator[None]:
     """While the block lasts, call `do` in the middle of a run: right after update number `step`, before it is saved."""
     update = Stepper.update
 
