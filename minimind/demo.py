@@ -53,7 +53,7 @@ class Budget:
 
 
 QUICK = Budget("quick", 200_000, 200_000, 8)
-STANDARD = Budget("demo", 2_600_000, 3_200_000, 50)
+STANDARD = Budget("demo", 3_400_000, 4_000_000, 50)
 FULL = Budget("full", 10_000_000, 14_000_000, 100)
 
 VOCAB_SIZE = 1200
@@ -138,7 +138,6 @@ def common(config: Config, stage: str, tokens: int) -> dict[str, Any]:
         "out": config.out / stage,
         "seed": config.seed,
         "device": config.device,
-        "dtype": "float32",
         "steps": steps,
         "batch_tokens": BATCH_TOKENS,
         "save_every": max(1, steps // 4),

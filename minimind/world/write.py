@@ -33,9 +33,9 @@ class Sizes:
 
     preset: str = ""
     """quick, demo or full; the fields below override it."""
-    pretrain: int = 40_000
+    pretrain: int = 56_000
     """Training rows of pretrain."""
-    sft: int = 30_000
+    sft: int = 50_000
     """Training rows of sft."""
     reason: int = 4_000
     """Training rows of reason."""
