@@ -110,7 +110,7 @@ def check_kills(
 
 def test_four_kills_of_which_one_inside_a_save_change_nothing(files: Files) -> None:
     moments: list[Moment] = [0.05, 7, "optimizer-written", 5]
-    flags = ("--steps", "90", "--save-every", "4", "--micro-batch-tokens", "128", *MUON)
+    flags = ("--steps", "60", "--save-every", "4", "--micro-batch-tokens", "128", *MUON)
     assert check_kills(files, "sft", moments, forked, *flags) == 4
 
 

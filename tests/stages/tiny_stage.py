@@ -121,7 +121,9 @@ def write_rows(path: Path, rows: Sequence[Any]) -> Path:
 def start(argv: Sequence[str], *, fault: str = "") -> BaseProcess:
     """Run `minimind` with these words in a process of its own, forked from a clean one that has imported torch."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["stages.tiny_stage", "minimind.stages.sampling", "minimind.data.packing"])
+    context.set_forkserver_preload(
+        ["stages.tiny_stage", "minimind.stages.sampling", "minimind.data.loader", "torch._dynamo"]
+    )
     tests = Path(__file__).parents[1]
     paths = os.pathsep.join(map(str, (tests, tests / "training", tests.parent)))
     with mock.patch.dict(os.environ, {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}):
