@@ -8,18 +8,22 @@ from typing import Any
 
 from minimind.world.agent import agent_row
 from minimind.world.domains import DOMAINS, MIXTURE, draw_item
-from minimind.world.draw import Draw, Split, cumulate
+from minimind.world.draw import Draw, Split, cumulate, fraction
 from minimind.world.facts import World
 from minimind.world.item import Item, Message, tool_schemas
 from minimind.world.lexicon import LANGUAGES, Language
 from minimind.world.preference import preference_row
 from minimind.world.pretraining import Document, document
 from minimind.world.reasoning import reason_row
+from minimind.world.tools import TOOLS
 
 Row = dict[str, Any]
 
 JOINED_SHARE = 15
 """Of 100 conversations so many hold two unrelated questions, so that the second answer is no surprise."""
+
+NEEDLESS_SHARE = 0.04
+"""Share of the questions that need no tool and are offered all of them."""
 
 
 def documents(world: World, split: Split, count: int) -> Iterator[Document]:
@@ -38,7 +42,18 @@ def conversation(item: Item) -> list[Message]:
 
 
 def _with_tools(row: Row, item: Item) -> Row:
-    return {**row, "tools": tool_schemas(item.tools)} if item.tools else row
+    names = offered_tools(item)
+    return {**row, "tools": tool_schemas(names)} if names else row
+
+
+def offered_tools(item: Item) -> tuple[str, ...]:
+    """Return the tools that a conversation about `item` offers: those it needs, and by lot others that it does not.
+
+    So the model must choose, and must not call a tool because there is one. The lot is cast by the question's text.
+    """
+    if item.tools:
+        return tuple(name for name in TOOLS if name in item.tools or fraction("offered", item.user, name) < 0.5)
+    return tuple(TOOLS) if fraction("offered", item.user) < NEEDLESS_SHARE else ()
 
 
 def _items(file: str, world: World, split: Split, draw: Draw) -> Iterator[Item]:

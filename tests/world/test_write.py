@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from minimind.errors import ConfigError
 from minimind.world import write as writing
 from minimind.world.domains import DOMAINS, MIXTURE
 from minimind.world.graders import GRADERS
+from minimind.world.rows import NEEDLESS_SHARE
 from minimind.world.tools import run_tool
 from minimind.world.write import SIZES, Sizes, main, write
 
@@ -82,7 +84,8 @@ def test_rows_are_sound(folder: Path, ending: str) -> None:
             check_messages(row["conversations"])
             assert row["conversations"][-1]["role"] == "assistant"
             assert row["conversations"][-1]["content"]
-            assert ("tools" in row) == any("tool_calls" in message for message in row["conversations"])
+            called = {call["name"] for message in row["conversations"] for call in message.get("tool_calls", ())}
+            assert called <= {tool["function"]["name"] for tool in row.get("tools", ())}
     for row in rows_of(folder / f"reason{ending}.jsonl"):
         content = row["conversations"][-1]["content"]
         assert [content.count(tag) for tag in ("<think>", "</think>", "<answer>", "</answer>")] == [1, 1, 1, 1]
@@ -103,6 +106,20 @@ def test_rows_are_sound(folder: Path, ending: str) -> None:
         assert row["conversations"][-1] == {"role": "assistant", "content": ""}
         assert row["tools"][0]["function"]["name"]
         assert row["gt"] == [row["answer"]]
+
+
+def test_tools_must_be_chosen(folder: Path) -> None:
+    """Calls choose among tools that differ from row to row, and some questions with tools need none."""
+    needed: Counter[int] = Counter()
+    needless = plain = 0
+    for row in rows_of(folder / "sft.jsonl"):
+        is_called = any("tool_calls" in message for message in row["conversations"])
+        if is_called:
+            needed[len(row["tools"])] += 1
+        needless += "tools" in row and not is_called
+        plain += not is_called
+    assert set(needed) == {1, 2, 3}
+    assert needless / plain == pytest.approx(NEEDLESS_SHARE, abs=0.02)
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
