@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from minimind.world.domains import DOMAINS, MIXTURE, draw_item
 from minimind.world.draw import Draw, Split, cumulate, split_of
 from minimind.world.facts import RELATIONS, World
-from minimind.world.lexicon import COLOURS, LANGUAGES, OBJECTS, PEOPLE, PLACES, TOWN, WEEKDAYS, Language
+from minimind.world.lexicon import COLOURS, LANGUAGES, OBJECTS, PEOPLE, PLACES, TOWN, WEEKDAYS, Language, Word
 from minimind.world.tools import TOOLS
 from minimind.world.words import dictionary_line
 
@@ -26,9 +26,9 @@ class Document:
     """-log2 of the probability of all choices behind it, its kind and language included."""
 
 
-def biography(draw: Draw, language: Language, world: World) -> str:
-    """Return two to four facts about one person, each in one of its wordings."""
-    person = draw.choice(PEOPLE)
+def biography(draw: Draw, language: Language, world: World, person: Word | None = None) -> str:
+    """Return two to four facts about a person (None: one by lot), each in one of its wordings."""
+    person = person or draw.choice(PEOPLE)
     told = draw.sample(RELATIONS, draw.between(2, 4))
     return (" " if language == "en" else "").join(
         draw.choice(relation.told[language]).format(p=person.of(language), v=world.value(person, relation).of(language))

@@ -11,9 +11,9 @@ from minimind.world.domains import DOMAINS, MIXTURE, draw_item
 from minimind.world.draw import Draw, Split, cumulate, fraction
 from minimind.world.facts import World
 from minimind.world.item import Item, Message, tool_schemas
-from minimind.world.lexicon import LANGUAGES, Language
+from minimind.world.lexicon import LANGUAGES, PEOPLE, Language
 from minimind.world.preference import preference_row
-from minimind.world.pretraining import Document, document
+from minimind.world.pretraining import Document, biography, document
 from minimind.world.reasoning import reason_row
 from minimind.world.tools import TOOLS
 
@@ -21,6 +21,14 @@ Row = dict[str, Any]
 
 JOINED_SHARE = 15
 """Of 100 conversations so many hold two unrelated questions, so that the second answer is no surprise."""
+
+RETOLD_SHARE = 10
+"""Of 100 conversations so many ask to be told about a person. Without them fine-tuning would forget the biographies."""
+
+TELL: dict[Language, tuple[str, ...]] = {
+    "en": ("Tell me about {p}.", "What do you know about {p}?"),
+    "zh": ("介绍一下{p}。", "你知道{p}的什么事？"),
+}
 
 NEEDLESS_SHARE = 0.04
 """Share of the questions that need no tool and are offered all of them."""
@@ -71,6 +79,16 @@ def _sft(world: World, split: Split, draw: Draw) -> Iterator[Row]:
             second = draw_item(DOMAINS[draw.weighted(joinable)], draw, item.language, world, split)
             messages += conversation(second)
         yield _with_tools({"conversations": messages}, item)
+        if draw.chance(RETOLD_SHARE, 100 - RETOLD_SHARE):
+            yield _biography(world, draw)
+
+
+def _biography(world: World, draw: Draw) -> Row:
+    """Return a conversation whose answer is a biography, as pretraining tells it: the same in every split."""
+    language, person = draw.choice(LANGUAGES), draw.choice(PEOPLE)
+    asked = draw.choice(TELL[language]).format(p=person.of(language))
+    told = biography(draw, language, world, person)
+    return {"conversations": [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]}
 
 
 def _is_single(name: str) -> bool:
