@@ -198,13 +198,16 @@ def entropy_floor(world: Path) -> float | None:
 def write_report(
     config: Config, chapters: "list[Chapter]", results: "list[Result]", questions: list[dict[str, Any]], clock: "Clock"
 ) -> Path:
-    """Write report.html and return its path."""
-    from minimind.evaluation import report
+    """Write report.html, and its two main pictures as files, and return the report's path."""
+    from minimind.evaluation import plots, report
     from minimind.evaluation.wording import duration
     from minimind.training.run import environment
 
     last, world = chapters[-1], config.out / "world"
     domains = json.loads((world / "world.json").read_text(encoding="utf-8"))["domains"]
+    stages = [chapter.report(results) for chapter in chapters]
+    plots.save_loss(config.out / "images" / "loss.png", stages)
+    plots.save_scores(config.out / "images" / "scores.png", stages[-1])
     return report.write_report(
         config.out / "report.html",
         title="A small language model, from noise to answers",
@@ -212,7 +215,7 @@ def write_report(
             f"{last.facts['Parameters']} weights were trained on an invented town and then asked about things that its "
             "training files never say. Every answer was graded by a program."
         ),
-        stages=[chapter.report(results) for chapter in chapters],
+        stages=stages,
         results=results,
         dialogues=last.dialogues(questions),
         cost={"In all": duration(clock.total())} | {name: duration(part) for name, part in clock.parts.items()},
@@ -239,7 +242,10 @@ def summary(chapter: "Chapter", results: "list[Result]", report: Path, clock: "C
     print_scores(chapter.after, sys.stdout)
     met = [row["met"] for row in results]
     say(f"{sum(map(bool, met))} of {len(met)} measures reached what was asked of them (results.json has them all).")
-    say(f"Report: {report}    Time: {clock.total() / 60:.1f} minutes")
+    minutes = clock.total() / 60
+    parts = ", ".join(f"{name.lower()} {seconds:.0f} s" for name, seconds in clock.parts.items())
+    say(f"Time: {minutes:.1f} minutes ({parts})")
+    say(f"Report: {report}")
     say(f"Now talk to it: minimind chat {chapter.run} --tools")
 
 
