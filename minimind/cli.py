@@ -52,9 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     A MinimindError becomes its message on stderr and its `exit_code`; `MINIMIND_DEBUG=1` keeps the traceback.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    # Read by OpenMP when torch is loaded. Threads that wait by spinning make training on two cores several times slower
-    # as soon as anything else runs on them (docs/decisions.md has the figures).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Read by OpenMP when torch is loaded: how long a waiting thread spins before it sleeps. Long spinning takes the cores
+    # from threads that work as soon as anything else runs; none at all doubles a small step (docs/decisions.md).
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     try:
         code = _run(words)
         sys.stdout.flush()  # here, where a reader that has gone away can still be handled

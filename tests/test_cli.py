@@ -56,17 +56,22 @@ def test_half_a_command_lists_the_rest(capsys: pytest.CaptureFixture[str]) -> No
     assert "minimind data check" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("given", "seen"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_waiting_threads_sleep_unless_told_otherwise(
-    install: Callable[..., None], monkeypatch: pytest.MonkeyPatch, given: str | None, seen: str
+@pytest.mark.parametrize(
+    ("given", "seen"),
+    [({}, "3000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+)
+def test_waiting_threads_spin_briefly_unless_told_otherwise(
+    install: Callable[..., None], monkeypatch: pytest.MonkeyPatch, given: dict[str, str], seen: str | None
 ) -> None:
-    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
-    if given is None:
-        monkeypatch.delenv("OMP_WAIT_POLICY")
-    policies: list[str] = []
-    install(lambda argv: policies.append(os.environ["OMP_WAIT_POLICY"]))
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")  # so that what `main` sets is taken back afterwards
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    counts: list[str | None] = []
+    install(lambda argv: counts.append(os.environ.get("GOMP_SPINCOUNT")))
     assert cli.main(["probe"]) == 0
-    assert policies == [seen]
+    assert counts == [seen]
 
 
 def test_words_after_the_command_reach_it(install: Callable[..., None]) -> None:
