@@ -25,7 +25,7 @@ from minimind.errors import ConfigError, DataError, OutOfResourcesError
 from minimind.runtime.log import get_logger
 from minimind.tokenizer.bpe import Tokenizer
 from minimind.tokenizer.chat import Conversation as Rendering
-from minimind.tokenizer.chat import render, render_batch
+from minimind.tokenizer.chat import render_batch
 
 Kind = Literal["pretrain", "conversation", "preference"]
 Part = Literal["train", "validation"]
@@ -35,6 +35,8 @@ DOCUMENTS_PER_ROW = {"pretrain": 1, "conversation": 1, "preference": 2}
 
 BATCH_CHARACTERS = 2**21
 BATCH_CONVERSATIONS = 256
+KNOWN_CHARACTERS = 2**20
+"""Of the texts whose ids are kept from one batch of conversations to the next."""
 SHOWN_PROBLEMS = 5
 
 _log = get_logger(__name__)
@@ -89,14 +91,14 @@ class Writer:
         if self._weights is None:
             self.num_learned_tokens += int((lengths - 1).sum())
             return
-        for row in weights or []:
-            values = np.asarray(row, dtype=np.float32)
-            self.num_learned_tokens += int(np.count_nonzero(values[1:]))
-            distinct, where = np.unique(values, return_inverse=True)
-            codes = [self.table.setdefault(float(value), len(self.table)) for value in distinct]
-            if len(self.table) > 256:
-                raise ConfigError("more than 256 different loss weights; a cache stores an index of one byte for each")
-            self._weights.write(np.asarray(codes, dtype=np.uint8)[where].tobytes())
+        values = np.concatenate([np.asarray(row, dtype=np.float32) for row in weights or []])
+        firsts = values[np.cumsum(lengths) - lengths]  # the first token of a document is never predicted
+        self.num_learned_tokens += int(np.count_nonzero(values)) - int(np.count_nonzero(firsts))
+        distinct, where = np.unique(values, return_inverse=True)
+        codes = [self.table.setdefault(float(value), len(self.table)) for value in distinct]
+        if len(self.table) > 256:
+            raise ConfigError("more than 256 different loss weights; a cache stores an index of one byte for each")
+        self._weights.write(np.asarray(codes, dtype=np.uint8)[where].tobytes())
 
     def close(self, meta: dict[str, Any]) -> None:
         """Flush everything to the disk and write meta.json last."""
@@ -187,6 +189,8 @@ class Builder:
         self.max_length, self.on_error = max_length, on_error
         self.fraction, self.part = validation_fraction, part
         self.report = Report()
+        self._known: dict[str, list[int]] = {}
+        """Ids of stretches of text met before: prompts, tools and answers recur, in pairs and in cut conversations."""
 
     def build(self, files: Iterable[Path], kind: Kind) -> Report:
         """Read every file and write its documents; DataError at the first problem unless `on_error` is "skip"."""
@@ -196,8 +200,10 @@ class Builder:
         elif kind == "conversation":
             self._conversations(rows)
         else:
-            for row in rows:
+            for index, row in enumerate(rows):
                 self._preference(row)
+                if index % BATCH_CONVERSATIONS == 0:
+                    self._forget()
         self.report["documents"] = self.writer.num_documents
         if self.report["skipped"]:
             _log.warning("left out %d bad rows; `minimind data check` lists them all", self.report["skipped"])
@@ -271,36 +277,53 @@ class Builder:
     def _render_batch(self, batch: list[tuple[Row, Conversation]]) -> None:
         whole: list[Example | None]
         try:
-            whole = [*render_batch(self.tokenizer, [Rendering(found.messages, found.tools) for _, found in batch])]
+            whole = [*self._render_all([Rendering(found.messages, found.tools) for _, found in batch])]
         except DataError:
             whole = [None] * len(batch)  # one by one then, to name the row at fault
+        examples: list[Example] = []
         for (row, found), rendered in zip(batch, whole, strict=True):
-            self._write(row, lambda c=found, r=rendered: _alone(fit_conversation(c, self._render, self.max_length, r)))
+            examples += self._fitted(
+                row, lambda c=found, r=rendered: _alone(fit_conversation(c, self._render, self.max_length, r))
+            )
+        self._write(examples)
+        self._forget()
 
     def _preference(self, row: Row) -> None:
         found, problems = preference.read(row.data)
         if self._bad(row, problems) or self._bad(row, preference.unpaired(found)):
             return
         if not self._elsewhere(preference.content_key(found)):
-            self._write(row, lambda: fit_pair(found, self._render, self.max_length))
+            self._write(self._fitted(row, lambda: fit_pair(found, self._render, self.max_length)))
 
-    def _write(self, row: Row, make: Callable[[], tuple[list[Example] | None, str]]) -> None:
+    def _fitted(self, row: Row, make: Callable[[], tuple[list[Example] | None, str]]) -> list[Example]:
+        """Return the documents of a row (none when it is bad or teaches nothing) and count what was done to it."""
         try:
             examples, outcome = make()
         except DataError as error:
             self._bad(row, [str(error)])
-            return
+            return []
         if outcome:
             self.report[outcome] += 1
         if examples is None:
-            return
+            return []
         if not all(any(example.loss_weights[1:]) for example in examples):
             self.report["nothing_to_learn"] += 1
-            return
+            return []
+        return examples
+
+    def _write(self, examples: Sequence[Example]) -> None:
         self.writer.add([e.ids for e in examples], [e.loss_weights for e in examples])
 
     def _render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> Example:
-        return render(self.tokenizer, messages, tools=tools)
+        return self._render_all([Rendering(messages, tools)])[0]
+
+    def _render_all(self, conversations: Sequence[Rendering]) -> list[Example]:
+        return render_batch(self.tokenizer, conversations, known=self._known)
+
+    def _forget(self) -> None:
+        """Keep what was encoded only while it is little; called after every batch of rows."""
+        if sum(map(len, self._known)) > KNOWN_CHARACTERS:
+            self._known.clear()
 
 
 def _alone(fitted: tuple[Example | None, str]) -> tuple[list[Example] | None, str]:

@@ -36,6 +36,9 @@ Message = Mapping[str, Any]
 """`{"role", "content", "reasoning_content"?, "tool_calls"?}`."""
 
 
+_LEARNED, _GIVEN = [1.0], [0.0]
+
+
 @dataclass(frozen=True)
 class Conversation:
     """The arguments of one rendering, for `render_batch`."""
@@ -64,11 +67,18 @@ def render(
     return render_batch(tokenizer, [Conversation(messages, tools, add_generation_prompt, enable_thinking)])[0]
 
 
-def render_batch(tokenizer: Tokenizer, conversations: Sequence[Conversation]) -> list[Example]:
-    """Return `render` of each conversation; their text is encoded together, on all processors."""
+def render_batch(
+    tokenizer: Tokenizer, conversations: Sequence[Conversation], *, known: dict[str, list[int]] | None = None
+) -> list[Example]:
+    """Return `render` of each conversation; their text is encoded together, on all processors.
+
+    `known` holds the ids of stretches of plain text from one call to the next; whoever gives it keeps it small.
+    """
     split = [list(_pieces(tokenizer, conversation)) for conversation in conversations]
-    plain = list(dict.fromkeys(text for pieces in split for text, is_control, _ in pieces if not is_control))
-    known = dict(zip(plain, tokenizer.encode_batch(plain), strict=True)) if len(plain) > 1 else {}
+    known = {} if known is None else known
+    texts = dict.fromkeys(text for pieces in split for text, is_control, _ in pieces if not is_control)
+    new = [text for text in texts if text not in known]
+    known.update(zip(new, tokenizer.encode_batch(new) if len(new) > 1 else map(tokenizer.encode, new), strict=True))
     examples: list[Example] = []
     for pieces in split:
         ids: list[int] = []
@@ -77,8 +87,8 @@ def render_batch(tokenizer: Tokenizer, conversations: Sequence[Conversation]) ->
             if is_control:
                 ids.append(tokenizer.special_ids[text])
             else:
-                ids += known[text] if known else tokenizer.encode(text)
-            weights += [1.0 if is_learned else 0.0] * (len(ids) - len(weights))
+                ids += known[text]
+            weights += (_LEARNED if is_learned else _GIVEN) * (len(ids) - len(weights))
         examples.append(Example(ids, weights))
     return examples
 

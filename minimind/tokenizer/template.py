@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes, pass_context
 from jinja2.exceptions import SecurityError
@@ -232,6 +232,11 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.globals.update(offered)
         self.filters.update(filters)
 
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        if type(obj) is dict and attribute in obj and not hasattr(dict, attribute):  # most of all, and much faster
+            return cast(dict[str, Any], obj)[attribute]
+        return super().getattr(obj, attribute)
+
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if isinstance(obj, str | bytes) and attr in _FORBIDDEN_METHODS:
             return False
@@ -244,12 +249,20 @@ class _Environment(ImmutableSandboxedEnvironment):
         return None
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 - Jinja's own names
+        function = getattr(__obj, "__func__", None)  # those of `_Tracker` no template can name: they need no inspection
+        if function is _Tracker.step:
+            return __obj(__context)
+        if function is _Tracker.mark:
+            return __obj(__context, kwargs["caller"])
         owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
         if isinstance(owner, str) and name in ("join", "replace"):
             return (_join_text if name == "join" else _replace)(owner, *args, **kwargs)
         return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "+" and type(left) is str and type(right) is str:
+            _check_size(len(left) + len(right))
+            return left + right
         if operator == "+" and isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):
             _check_size(len(left) + len(right))
         elif operator == "%" and isinstance(left, str | bytes):
@@ -277,11 +290,16 @@ def _strftime_now(pattern: str) -> str:
     return datetime.now().astimezone().strftime(pattern[:100])
 
 
+_PLAIN_JSON = json.JSONEncoder(ensure_ascii=False)
+
+
 def _tojson(
     value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
     if indent is not None and not 0 <= int(indent) <= 16:
         raise SecurityError(f"tojson with indent {indent}")
+    if not ensure_ascii and indent is None and separators is None and not sort_keys:
+        return _PLAIN_JSON.encode(value)  # json.dumps would make an encoder each time
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -17,7 +17,7 @@ from minimind.data.dataset import TokenDataset, content_digest, prepare, train_a
 from minimind.data.jsonl import read_rows
 from minimind.errors import ConfigError, DataError, OutOfResourcesError
 from minimind.tokenizer.bpe import Tokenizer
-from minimind.tokenizer.chat import render
+from minimind.tokenizer.chat import render, render_batch
 from minimind.tokenizer.train import train
 
 from .conftest import TEXTS, turns
@@ -58,18 +58,42 @@ def test_batches_of_rows_keep_the_order(
 ) -> None:
     texts = [{"text": f"the dog {i}"} for i in range(50)]
     talks = [turns(f"the dog {i}", f"the cat {i}") for i in range(50)]
+    pairs = [{"prompt": f"the dog {i}", "chosen": f"the cat {i}", "rejected": "the mat"} for i in range(50)]
 
-    def both(name: str) -> list[list[list[int]]]:
+    def all_kinds(name: str) -> list[list[list[int]]]:
         cache = tmp_path / name
         return [
             ids_of(prepare([write_rows(texts)], tokenizer, kind="pretrain", cache_dir=cache)),
             ids_of(prepare([write_rows(talks)], tokenizer, kind="conversation", cache_dir=cache, max_length=99)),
+            ids_of(prepare([write_rows(pairs)], tokenizer, kind="preference", cache_dir=cache, max_length=99)),
         ]
 
-    whole = both("a")
+    whole = all_kinds("a")
     monkeypatch.setattr(build, "BATCH_CHARACTERS", 30)
     monkeypatch.setattr(build, "BATCH_CONVERSATIONS", 7)
-    assert both("b") == whole
+    monkeypatch.setattr(build, "KNOWN_CHARACTERS", 50)
+    assert all_kinds("b") == whole
+
+
+def test_what_was_encoded_is_forgotten_before_it_is_much(
+    tokenizer: Tokenizer, write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    characters: list[int] = []
+
+    def watched(*args: Any, known: dict[str, list[int]]) -> list[Example]:
+        examples = render_batch(*args, known=known)
+        characters.append(sum(map(len, known)))
+        return examples
+
+    monkeypatch.setattr(build, "render_batch", watched)
+    monkeypatch.setattr(build, "BATCH_CONVERSATIONS", 4)
+    monkeypatch.setattr(build, "KNOWN_CHARACTERS", 200)
+    talks = [turns(f"the dog {i}", f"the cat {i}") for i in range(200)]
+    pairs = [{"prompt": f"the dog {i}", "chosen": f"the cat {i}", "rejected": "the mat"} for i in range(200)]
+    prepare([write_rows(talks)], tokenizer, kind="conversation", cache_dir=tmp_path / "c", max_length=99)
+    assert len(characters) >= 50
+    prepare([write_rows(pairs)], tokenizer, kind="preference", cache_dir=tmp_path / "c", max_length=99)
+    assert 200 < max(characters) < 500
 
 
 def test_degenerate_rows_are_counted_and_left_out(tokenizer: Tokenizer, write_rows: WriteRows, tmp_path: Path) -> None:

@@ -206,6 +206,11 @@ def test_batch_equals_single(tokenizer: Tokenizer) -> None:
     ]
     assert render_batch(tokenizer, batch) == [render(tokenizer, c.messages, tools=c.tools) for c in batch]
     assert render_batch(tokenizer, []) == []
+    known: dict[str, list[int]] = {}
+    expected = render_batch(tokenizer, batch)
+    assert render_batch(tokenizer, batch[:2], known=known) == expected[:2]
+    assert known["user\nhello"] == tokenizer.encode("user\nhello")
+    assert render_batch(tokenizer, batch, known=known) == expected
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,11 @@ def test_what_templates_are_offered() -> None:
     assert run("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}") == "01"
     assert run("{{ ['a', 'b'] | join(', ') }}{{ 'aXb'.replace('X', '-') }}{{ '.'.join(['c', 'd']) }}") == "a, ba-bc.d"
     assert run("{{ messages | map(attribute='content') | join('/') }}") == "hi"
+    # A name that every dict has is the dict's own, whatever the keys; any other is the key.
+    assert run("{% set d = {'items': 1, 'a': 2} %}{{ d.a }}{{ d.items() | list | length }}{{ d['items'] }}") == "221"
+    assert run("{{ '红' + 'x' }}{{ [1] + [2] }}{{ 'a' | tojson(ensure_ascii=True) }}{{ '红' | tojson }}") == (
+        '红x[1, 2]"a""红"'
+    )
 
 
 def test_render_uses_the_template_of_the_tokenizer(tokenizer: Tokenizer) -> None:
