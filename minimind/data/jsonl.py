@@ -29,6 +29,7 @@ TEXT_CHUNK_CHARACTERS = 4096
 
 FORMATS = (".jsonl", ".json", ".txt", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
+SHOWN_NAMES = 6
 
 _DECOMPRESSION_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
 
@@ -75,32 +76,56 @@ def scan(path: Path, *, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[Row | 
 
 def file_format(path: Path) -> str:
     """Return ".jsonl", ".json", ".txt" or ".parquet"; ConfigError when the file is missing or of another kind."""
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder; name its files{_offered(path)}")
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file{_near_matches(path)}")
+    kind = _kind(path)
+    if not kind:
+        raise ConfigError(
+            f"{path}: unknown kind of data file; expected a name ending in .jsonl, .json, .txt "
+            "(each also with .gz or .zst) or .parquet"
+        )
+    return kind
+
+
+def _kind(path: Path) -> str:
+    """Return the kind that a file's name tells, "" for none of ours."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
     kind = suffixes[-1] if suffixes else ""
     if kind == ".ndjson":
         kind = ".jsonl"
-    if kind not in FORMATS or (kind == ".parquet" and path.suffix.lower() != ".parquet"):
-        raise ConfigError(
-            f"{path}: unknown kind of data file; expected a name ending in .jsonl, .json, .txt "
-            "(each also with .gz or .zst) or .parquet"
-        )
-    if path.is_dir():
-        raise ConfigError(f"{path}: is a folder; name its files")
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file{_near_matches(path)}")
-    return kind
+    return "" if kind not in FORMATS or (kind == ".parquet" and path.suffix.lower() != ".parquet") else kind
 
 
 def _near_matches(path: Path) -> str:
+    """Return the next move for a file that does not exist: names like it, else what is there at all."""
     import difflib
 
-    if not path.parent.is_dir():
-        return f" (the folder {path.parent} does not exist)"
-    names = sorted(entry.name for entry in path.parent.iterdir() if entry.is_file())
-    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.6)
-    return f"; did you mean {', '.join(str(path.parent / name) for name in near)}?" if near else ""
+    folder = path.parent
+    if not folder.is_dir():
+        above = next(parent for parent in folder.absolute().parents if parent.is_dir())
+        return f" (the folder {folder} does not exist; {above} does): check the path"
+    near = difflib.get_close_matches(path.name, _file_names(folder), n=3, cutoff=0.6)
+    if near:
+        return f"; did you mean {', '.join(str(folder / name) for name in near)}?"
+    return f"; the folder {folder} holds {_offered(folder).removeprefix(': ') or 'no data file, check the path'}"
+
+
+def _file_names(folder: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in folder.iterdir() if entry.is_file())
+    except OSError:  # a folder may be entered without being listed
+        return []
+
+
+def _offered(folder: Path) -> str:
+    """Return ": " and the data files of a folder, the first few by name; "" when it holds none."""
+    names = [name for name in _file_names(folder) if _kind(folder / name)]
+    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    return f": {', '.join(names[:SHOWN_NAMES])}{more}" if names else ""
 
 
 def open_stream(path: Path) -> io.BufferedReader:

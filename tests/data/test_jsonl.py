@@ -214,13 +214,26 @@ def test_missing_and_unknown_files(tmp_path: Path) -> None:
     (tmp_path / "pretrain.jsonl").touch()
     with pytest.raises(ConfigError, match=r"pretrian\.jsonl: no such file; did you mean .*/pretrain\.jsonl\?"):
         list(scan(tmp_path / "pretrian.jsonl"))
-    with pytest.raises(ConfigError, match=r"the folder .* does not exist"):
-        list(scan(tmp_path / "nowhere" / "a.jsonl"))
+    with pytest.raises(ConfigError, match=r"pretrain: no such file; did you mean .*/pretrain\.jsonl\?"):
+        list(scan(tmp_path / "pretrain"))
+    with pytest.raises(ConfigError, match=rf"folder .*/nowhere/x does not exist; {tmp_path} does\): check the path"):
+        list(scan(tmp_path / "nowhere" / "x" / "a.jsonl"))
+    (tmp_path / "a.docx").touch()
     with pytest.raises(ConfigError, match="unknown kind of data file"):
         list(scan(tmp_path / "a.docx"))
+    with pytest.raises(ConfigError, match=rf"q\.json: no such file; the folder {tmp_path} holds pretrain\.jsonl$"):
+        list(scan(tmp_path / "q.json"))
+    for i in range(7):
+        (tmp_path / f"rows-{i}.json.gz").touch()
+    with pytest.raises(ConfigError, match=r"holds pretrain\.jsonl, rows-0\.json\.gz, .*rows-4\.json\.gz and 2 more$"):
+        list(scan(tmp_path / "q.json"))
     (tmp_path / "folder.jsonl").mkdir()
-    with pytest.raises(ConfigError, match="is a folder"):
+    with pytest.raises(ConfigError, match=r"is a folder; name its files$"):
         list(scan(tmp_path / "folder.jsonl"))
+    with pytest.raises(ConfigError, match=r"is a folder; name its files: pretrain\.jsonl, "):
+        list(scan(tmp_path))
+    with pytest.raises(ConfigError, match=r"no such file; the folder .* holds no data file, check the path"):
+        list(scan(tmp_path / "folder.jsonl" / "a.jsonl"))
 
 
 def test_parquet_without_its_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
