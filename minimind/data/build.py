@@ -138,11 +138,14 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
 
     Leftovers of killed attempts are removed; the caller holds the lock of `target`.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in target.parent.glob(f"{target.name}.tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
     temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}")
-    temporary.mkdir()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in target.parent.glob(f"{target.name}.tmp-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        temporary.mkdir()
+    except OSError as error:
+        raise unwritable(target.parent, error) from None
     try:
         fill(temporary)
         if target.exists():
@@ -151,15 +154,26 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     except OSError as error:
         needed = sum(file.stat().st_size for file in temporary.glob("*")) if temporary.exists() else 0
         shutil.rmtree(temporary, ignore_errors=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise OutOfResourcesError(
-                f"{target.parent}: {os.strerror(error.errno)} after {needed:,} bytes of the token cache; "
-                "free some space or name another folder with --data.cache-dir"
-            ) from None
+        if error.errno in _NO_SPACE:
+            raise unwritable(target.parent, error, needed) from None
         raise
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def unwritable(cache_dir: Path, error: OSError, num_bytes: int = 0) -> ConfigError | OutOfResourcesError:
+    """Return the error of a cache folder that takes nothing, or nothing more after `num_bytes`."""
+    if error.errno in _NO_SPACE:
+        return OutOfResourcesError(
+            f"{cache_dir}: {os.strerror(error.errno)} after {num_bytes:,} bytes of the token cache; "
+            "free some space or name another folder with --data.cache-dir"
+        )
+    reason = error.strerror or str(error)
+    return ConfigError(f"data.cache_dir = {cache_dir}: cannot be written ({reason}); give another --data.cache-dir")
 
 
 def in_validation(content: str, fraction: float) -> bool:

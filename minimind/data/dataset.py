@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minimind.batch import Example
-from minimind.data.build import DOCUMENTS_PER_ROW, Builder, Kind, Part, Writer, write_folder
+from minimind.data.build import DOCUMENTS_PER_ROW, Builder, Kind, Part, Writer, unwritable, write_folder
 from minimind.data.config import DataConfig
 from minimind.data.jsonl import file_format
 from minimind.errors import ConfigError, DataError
@@ -254,10 +254,11 @@ def content_digest(path: Path, cache_dir: Path | None = None) -> str:
     digest = _digest(path)
     # A file changed within the clock's grain would keep its time: remember only what has been still for a while.
     if time.time() - status.st_mtime > 2 and path.stat().st_mtime_ns == status.st_mtime_ns:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        temporary = note.with_suffix(f".{os.getpid()}")
-        temporary.write_text(digest)
-        temporary.replace(note)
+        with suppress(OSError):  # a folder that cannot be written is refused when the cache is made (`lock`)
+            note.parent.mkdir(parents=True, exist_ok=True)
+            temporary = note.with_suffix(f".{os.getpid()}")
+            temporary.write_text(digest)
+            temporary.replace(note)
     return digest
 
 
@@ -268,13 +269,20 @@ def _digest(path: Path) -> str:
 
 @contextmanager
 def lock(folder: Path) -> Generator[None]:
-    """Hold the lock of a cache folder: of several processes one builds it, the others wait and find it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    """Hold the lock of a cache folder: of several processes one builds it, the others wait and find it.
+
+    Raises ConfigError when the folder above it cannot be written, OutOfResourcesError when its disk is full.
+    """
     try:
         import fcntl
     except ImportError:  # Windows: two builders at once cost time, the rename keeps the result whole
         yield
         return
-    with folder.with_name(f"{folder.name}.lock").open("wb") as stream:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        stream = folder.with_name(f"{folder.name}.lock").open("wb")
+    except OSError as error:
+        raise unwritable(folder.parent, error) from None
+    with stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield

@@ -1,5 +1,6 @@
 """The token cache: what goes in comes out, degenerate rows are counted, the fingerprint follows the content."""
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -221,6 +222,50 @@ def test_a_killed_build_leaves_nothing_that_counts(
     with pytest.raises(OutOfResourcesError, match=r"No space left on device after .* bytes .*--data\.cache-dir"):
         prepare([path], tokenizer, kind="pretrain", cache_dir=tmp_path / "c")
     assert not [file for file in (tmp_path / "c").iterdir() if file.is_dir()]
+
+
+@pytest.mark.parametrize("kind", ["a file", "below a file", "full", "not writable"])
+def test_a_cache_folder_that_cannot_be(
+    kind: str, tokenizer: Tokenizer, write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_rows([{"text": "the dog"}])
+    cache = tmp_path / "cache"
+    error: type[Exception] = ConfigError
+    message = r"data\.cache_dir = .*/cache.*: cannot be written \(.+\); give another --data\.cache-dir$"
+    if kind in ("a file", "below a file"):
+        cache.write_text("mine")
+        cache = cache / "below" if kind == "below a file" else cache
+    else:
+        number = errno.ENOSPC if kind == "full" else errno.EACCES
+
+        def fail(*_: object, **__: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(Path, "mkdir", fail)  # permissions do not bind the root user
+        if kind == "full":
+            error, message = OutOfResourcesError, r"/cache: No space left on device .*--data\.cache-dir"
+    with pytest.raises(error, match=message):
+        prepare([path], tokenizer, kind="pretrain", cache_dir=cache)
+    monkeypatch.setattr("minimind.data.dataset.REMEMBERED_BYTES", 1)
+    os.utime(path, (0, 0))
+    with pytest.raises(error, match=message):  # its digest could not be remembered either
+        prepare([path], tokenizer, kind="pretrain", cache_dir=cache)
+
+
+def test_a_cache_folder_that_takes_no_new_folder(
+    tokenizer: Tokenizer, write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "c").mkdir()
+    mkdir = Path.mkdir
+
+    def fail(self: Path, *args: Any, **options: Any) -> None:
+        if ".tmp-" in self.name:
+            raise OSError(errno.EACCES, "Permission denied")
+        mkdir(self, *args, **options)
+
+    monkeypatch.setattr(Path, "mkdir", fail)
+    with pytest.raises(ConfigError, match=r"/c: cannot be written \(Permission denied\)"):
+        prepare([write_rows([{"text": "a"}])], tokenizer, kind="pretrain", cache_dir=tmp_path / "c")
 
 
 def test_a_file_that_changes_while_it_is_read(
