@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -38,6 +39,7 @@ class RunDirectory:
         self.path = Path(path)
         self._lock: int | None = None
         self._depth = 0
+        self._is_new = False
 
     @property
     def metrics(self) -> Path:
@@ -60,7 +62,10 @@ class RunDirectory:
         return self.path / "config.toml"
 
     def __enter__(self) -> Self:
-        """Own the directory until the end of the block. Raises ConfigError, naming the process, if another one does."""
+        """Own the directory until the end of the block. Raises ConfigError, naming the process, if another one does.
+
+        A directory that was made for it and into which nothing was written is gone afterwards.
+        """
         if self._depth == 0 and distributed.is_main():
             self._acquire()
         self._depth += 1
@@ -71,6 +76,10 @@ class RunDirectory:
     ) -> None:
         self._depth -= 1
         if self._depth == 0 and self._lock is not None:
+            with suppress(OSError):  # Windows removes no open file; an empty directory does no harm
+                if self._is_new and [entry.name for entry in self.path.iterdir()] == [LOCK]:
+                    (self.path / LOCK).unlink()
+                    self.path.rmdir()
             os.close(self._lock)  # closing releases the lock, and so does the death of the process
             self._lock = None
 
@@ -115,6 +124,7 @@ class RunDirectory:
             return aside
 
     def _acquire(self) -> None:
+        self._is_new = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -133,6 +143,11 @@ class RunDirectory:
             ) from None
         except OSError as error:
             _log.warning("%s: this system cannot lock (%s); start no second run here", self.path, error)
+        if not _is_file(self._lock, self.path / LOCK):  # its owner removed it between our opening and our locking
+            os.close(self._lock)
+            self._lock = None
+            self._acquire()
+            return
         os.ftruncate(self._lock, 0)
         os.write(self._lock, f"{os.getpid()}\n".encode())
 
@@ -141,6 +156,13 @@ class RunDirectory:
         fresh = path.with_name(f".{path.name}-partial")
         fresh.write_bytes(content)
         fresh.replace(path)
+
+
+def _is_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def environment() -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """metrics.jsonl and trackers, the run's directory, and how progress looks."""
 
+import fcntl
 import io
 import json
 import os
@@ -109,8 +110,31 @@ def test_the_lock_names_its_owner_and_is_reentrant(tmp_path: Path) -> None:
             pass
         with pytest.raises(ConfigError, match=rf"process {os.getpid()} is training here"), RunDirectory(path):
             pass
+    assert not path.exists()  # nothing was written, so nothing stays
+    path.mkdir()
     with RunDirectory(path):
         assert (path / LOCK).read_text().strip() == str(os.getpid())
+    assert (path / LOCK).exists()  # the directory was there before
+
+
+def test_a_lock_that_its_owner_removes_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run"
+    path.mkdir()
+    flock, calls = fcntl.flock, 0
+
+    def late(descriptor: int, how: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:  # the owner finds nothing written and removes file and directory just now
+            (path / LOCK).unlink()
+            path.rmdir()
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with RunDirectory(path):
+        assert (path / LOCK).read_text().strip() == str(os.getpid())
+        with pytest.raises(ConfigError, match="is training here"), RunDirectory(path):
+            pass
 
 
 def test_a_directory_that_cannot_be_one(tmp_path: Path) -> None:
