@@ -14,8 +14,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -204,7 +203,19 @@ def find_latest(run_dir: Path) -> Path | None:
 
     Raises CheckpointError when there are checkpoints and every one is bad.
     """
-    return _newest_good(run_dir, lambda _: None)
+    reasons: list[str] = []
+    for path in checkpoints_of(run_dir):
+        problems = verify(path)
+        if not problems:
+            return path
+        reasons += problems
+        _log.warning("%s is passed over: %s", path, "; ".join(problems))
+    if reasons:
+        raise CheckpointError(
+            f"{run_dir}: every checkpoint is bad, nothing was changed: {'; '.join(reasons)}. "
+            f"Restore one from a copy, or start again with --fresh, which moves them aside"
+        )
+    return None
 
 
 def read(path: Path) -> Checkpoint:
@@ -218,46 +229,32 @@ def read(path: Path) -> Checkpoint:
     return _read_verified(path)
 
 
+def check_identity(run_dir: Path, *, tokenizer_sha256: str, model_config: ModelConfig) -> None:
+    """Raise CheckpointError if a run's checkpoints are of another tokenizer or model; no large file is read."""
+    for path in checkpoints_of(run_dir):
+        if _small_problems(path):
+            continue
+        saved, sha256 = _read_config(path), str(read_json(path / STATE)["tokenizer_sha256"])
+        length, theirs, ours = saved.original_max_position_embeddings, saved.to_hf(), model_config.to_hf()
+        keys = [key for key in ours | theirs if theirs.get(key) != ours.get(key)]
+        found = [f"{key} {theirs.get(key)}, here {ours.get(key)}" for key in keys]
+        what = "of another model: "
+        if sha256 != tokenizer_sha256:
+            found.append(f"tokenizer {sha256[:12]}, here {tokenizer_sha256[:12]}")
+        elif found and replace(model_config, original_max_position_embeddings=length).to_hf() == theirs:
+            what, found = "", [f"data.row_length was {length} and is {model_config.original_max_position_embeddings}"]
+        if found:
+            raise CheckpointError(f"{path}: {what}{'; '.join(found)}. Give the same, or add --fresh")
+
+
 def read_latest(run_dir: Path, *, tokenizer_sha256: str, model_config: ModelConfig) -> Checkpoint | None:
     """Return a run's newest good checkpoint as `find_latest` finds it, to be resumed with this tokenizer and model.
 
-    Raises CheckpointError for another tokenizer or model, before any large file is read.
+    Raises CheckpointError as `check_identity` does, before any large file is read, and as `find_latest` does.
     """
-
-    def check(path: Path) -> None:
-        theirs, ours = _read_config(path).to_hf(), model_config.to_hf()
-        sha256 = str(read_json(path / STATE)["tokenizer_sha256"])
-        found = [
-            f"{key} {theirs.get(key)}, here {ours.get(key)}"
-            for key in ours | theirs
-            if theirs.get(key) != ours.get(key)
-        ]
-        if sha256 != tokenizer_sha256:
-            found.append(f"tokenizer {sha256[:12]}, here {tokenizer_sha256[:12]}")
-        if found:
-            raise CheckpointError(f"{path} is of another model: {'; '.join(found)}. Give the same, or add --fresh")
-
-    path = _newest_good(run_dir, check)
+    check_identity(run_dir, tokenizer_sha256=tokenizer_sha256, model_config=model_config)
+    path = find_latest(run_dir)
     return _read_verified(path) if path else None
-
-
-def _newest_good(run_dir: Path, check: Callable[[Path], None]) -> Path | None:
-    reasons: list[str] = []
-    for path in checkpoints_of(run_dir):
-        problems = _small_problems(path)
-        if not problems:
-            check(path)
-            problems = _large_problems(path)
-        if not problems:
-            return path
-        reasons += problems
-        _log.warning("%s is passed over: %s", path, "; ".join(problems))
-    if reasons:
-        raise CheckpointError(
-            f"{run_dir}: every checkpoint is bad, nothing was changed: {'; '.join(reasons)}. "
-            f"Restore one from a copy, or start again with --fresh, which moves them aside"
-        )
-    return None
 
 
 def _read_verified(path: Path) -> Checkpoint:

@@ -27,9 +27,11 @@ def train(
 ) -> "FitResult":
     """Run the one loop on the packed rows of `config.data` with `objective`; returns what the loop returns.
 
-    Raises ConfigError for a batch or row that cannot be, DataError for bad or changed data, and whatever `fit` raises.
+    Raises ConfigError for a batch or row that cannot be, or a directory where another process trains, CheckpointError
+    for a run of another model or tokenizer, both before the data are read; DataError for bad or changed data, and
+    whatever `fit` raises.
     """
-    from minimind.checkpoint import checkpoints_of
+    from minimind.checkpoint import check_identity, checkpoints_of
     from minimind.config import to_toml
     from minimind.data.dataset import train_and_validation
     from minimind.data.loader import Loader
@@ -49,31 +51,34 @@ def train(
     model.gradient_checkpointing = config.gradient_checkpointing
     dtype = pick_dtype(config.dtype, device, num_parameters=model.config.num_parameters()[0])
 
-    data = replace(config.data, row_length=length)
-    datasets = train_and_validation(data, tokenizer, kind=kind)
-
-    def loader(dataset: "TokenDataset") -> Loader:
-        return Loader(
-            pack(dataset, length, window=data.pack_window, mode=data.packing),
-            batch_rows=config.batch_tokens // length,
-            micro_rows=max(1, (config.micro_batch_tokens or config.batch_tokens) // length),
-            seed=config.seed,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            pad_id=tokenizer.pad_id,
-        )
-
-    batches, validation = loader(datasets[0]), loader(datasets[1]) if datasets[1] else None
-
-    def validate() -> dict[str, float]:
-        assert validation
-        most = max(1, config.eval_tokens // (validation.micro_rows * length * validation.world_size))
-        rows = islice(validation.all_batches(), most)
-        return evaluate_loss(model, rows, tokenizer.token_bytes, autocast=autocast(device, dtype))
-
     run = RunDirectory(config.out)
-    with run:
-        if config.fresh or not config.resume:
+    with run:  # what needs no data is refused before hours are spent on them
+        is_afresh = config.fresh or not config.resume
+        if not is_afresh:
+            check_identity(run.path, tokenizer_sha256=tokenizer.sha256, model_config=model.config)
+        data = replace(config.data, row_length=length)
+        datasets = train_and_validation(data, tokenizer, kind=kind)
+
+        def loader(dataset: "TokenDataset") -> Loader:
+            return Loader(
+                pack(dataset, length, window=data.pack_window, mode=data.packing),
+                batch_rows=config.batch_tokens // length,
+                micro_rows=max(1, (config.micro_batch_tokens or config.batch_tokens) // length),
+                seed=config.seed,
+                rank=distributed.rank(),
+                world_size=distributed.world_size(),
+                pad_id=tokenizer.pad_id,
+            )
+
+        batches, validation = loader(datasets[0]), loader(datasets[1]) if datasets[1] else None
+
+        def validate() -> dict[str, float]:
+            assert validation
+            most = max(1, config.eval_tokens // (validation.micro_rows * length * validation.world_size))
+            rows = islice(validation.all_batches(), most)
+            return evaluate_loss(model, rows, tokenizer.token_bytes, autocast=autocast(device, dtype))
+
+        if is_afresh:  # only now: bad data must not put a run aside
             run.start_afresh()
 
         @cache

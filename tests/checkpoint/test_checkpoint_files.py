@@ -4,6 +4,7 @@ import errno
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -194,10 +195,18 @@ def test_every_one_bad_is_an_error_and_changes_nothing(save: Callable[..., Path]
 def test_another_tokenizer_or_model_is_refused(save: Callable[..., Path], tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = save(1)
     (path / checkpoint.MODEL).write_bytes(b"would be found bad only after the identity")
-    with pytest.raises(CheckpointError, match=r"tokenizer .*, here 0000.*--fresh"):
-        checkpoint.read_latest(tmp_path, tokenizer_sha256="0" * 64, model_config=DENSE)
-    with pytest.raises(CheckpointError, match="model_type llama, here granitemoeshared"):
-        checkpoint.read_latest(tmp_path, tokenizer_sha256=tokenizer.sha256, model_config=MOE)
+    stretched = replace(DENSE, original_max_position_embeddings=7)
+    for look in (checkpoint.read_latest, checkpoint.check_identity):
+        with pytest.raises(CheckpointError, match=r"tokenizer .*, here 0000.*--fresh"):
+            look(tmp_path, tokenizer_sha256="0" * 64, model_config=DENSE)
+        with pytest.raises(CheckpointError, match="model_type llama, here granitemoeshared"):
+            look(tmp_path, tokenizer_sha256=tokenizer.sha256, model_config=MOE)
+        with pytest.raises(CheckpointError, match=r"step-000001: data\.row_length was 0 and is 7\. Give the same, or"):
+            look(tmp_path, tokenizer_sha256=tokenizer.sha256, model_config=stretched)
+        with pytest.raises(CheckpointError, match=r"another model: .*tokenizer"):
+            look(tmp_path, tokenizer_sha256="0" * 64, model_config=stretched)
+    checkpoint.check_identity(tmp_path, tokenizer_sha256=tokenizer.sha256, model_config=DENSE)
+    checkpoint.check_identity(tmp_path / "no run", tokenizer_sha256="0" * 64, model_config=MOE)
 
 
 def test_a_hostile_manifest_reaches_no_other_directory(save: Callable[..., Path], tmp_path: Path) -> None:

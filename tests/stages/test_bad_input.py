@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 import shutil
 import time
@@ -13,6 +14,7 @@ from stages.tiny_stage import STAGES, Files, Stage, exit_code, snapshot, train, 
 
 from minimind import checkpoint
 from minimind.runtime import faults
+from minimind.training.run import RunDirectory
 
 Refused = Callable[..., str]
 USAGE, DATA, CHECKPOINT, RESOURCES = 2, 3, 4, 6
@@ -226,12 +228,12 @@ def test_another_order_of_samples_is_refused(files: Files, refused: Refused) -> 
     for flags, what in (
         (("--batch-tokens", "512"), "batch_rows was 4 and is 8"),
         (("--seed", "1"), "seed was 0 and is 1"),
-        (("--data.row-length", "128"), "row_length was 64 and is 128"),
+        (("--data.row-length", "128"), "step-000010: data.row_length was 64 and is 128. Give the same, or add --fresh"),
     ):
         argv = files.argv("pretrain", "run", "--steps", "12", *flags)
         code = CHECKPOINT if "--data.row-length" in flags else USAGE
         said = refused(code, *argv)
-        assert what in said or code == CHECKPOINT
+        assert what in said
         assert "--fresh" in said
     assert snapshot(files.folder / "run") == before
 
@@ -287,10 +289,33 @@ def test_another_tokenizer_or_model_for_a_run_is_refused(files: Files, refused: 
         (("--model.qk-norm",), "model_type llama, here qwen3"),
     ):
         begin = time.monotonic()
+        cache = files.folder / "untouched"
+        flags = (*flags, "--data.cache-dir", str(cache))
         said = refused(CHECKPOINT, *files.argv("pretrain", "run", "--steps", "12", *flags))
         assert time.monotonic() - begin < 2
         assert what in said
         assert "--fresh" in said
+        assert not cache.exists()  # refused before any text is tokenised
+    assert snapshot(files.folder / "run") == before
+    train(files.argv("pretrain", "run", "--fresh", "--model.hidden-size", "48"))
+    aside = checkpoint.read(files.folder / "run" / "previous-1" / "checkpoints" / "step-000010")
+    assert (aside.model_config.hidden_size, checkpoint.read(files.folder / "run" / "latest").step) == (32, 10)
+
+
+def test_a_run_that_another_process_trains_is_refused_before_the_data_are_read(files: Files, refused: Refused) -> None:
+    cache = files.folder / "untouched"
+    for flags in ((), ("--fresh",)):
+        with RunDirectory(files.folder / "run"):
+            said = refused(USAGE, *files.argv("pretrain", "run", "--data.cache-dir", str(cache), *flags))
+        assert f"process {os.getpid()} is training here; wait for it, stop it, or give another --out" in said
+    assert not cache.exists()
+
+
+def test_bad_data_put_no_run_aside(files: Files, refused: Refused) -> None:
+    train(files.argv("pretrain", "run"))
+    before = snapshot(files.folder / "run")
+    data = write_rows(files.folder / "bad.jsonl", [{"text": 3}])
+    refused(DATA, *files.argv("pretrain", "run", "--fresh", data=data))
     assert snapshot(files.folder / "run") == before
 
 
