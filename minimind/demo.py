@@ -53,7 +53,7 @@ class Budget:
 
 
 QUICK = Budget("quick", 200_000, 200_000, 8)
-STANDARD = Budget("demo", 4_000_000, 5_000_000, 50)
+STANDARD = Budget("demo", 4_000_000, 4_200_000, 50)
 FULL = Budget("full", 10_000_000, 14_000_000, 100)
 
 VOCAB_SIZE = 1200
