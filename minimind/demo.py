@@ -53,7 +53,7 @@ class Budget:
 
 
 QUICK = Budget("quick", 200_000, 200_000, 8)
-STANDARD = Budget("demo", 4_000_000, 4_200_000, 50)
+STANDARD = Budget("demo", 3_000_000, 3_600_000, 50)
 FULL = Budget("full", 10_000_000, 14_000_000, 100)
 
 VOCAB_SIZE = 1200
@@ -138,6 +138,7 @@ def common(config: Config, stage: str, tokens: int) -> dict[str, Any]:
         "out": config.out / stage,
         "seed": config.seed,
         "device": config.device,
+        "dtype": "float32",  # not auto: the same numbers on processors with and without bfloat16
         "steps": steps,
         "batch_tokens": BATCH_TOKENS,
         "save_every": max(1, steps // 4),
