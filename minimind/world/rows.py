@@ -19,8 +19,11 @@ from minimind.world.tools import TOOLS
 
 Row = dict[str, Any]
 
-JOINED_SHARE = 15
-"""Of 100 conversations so many hold two unrelated questions, so that the second answer is no surprise."""
+JOINED_SHARE = 35
+"""After an exchange another, unrelated question follows with this chance of 100, up to `LONGEST` questions in all, so
+that a conversation may go on about anything."""
+
+LONGEST = 4
 
 RETOLD_SHARE = 10
 """Of 100 conversations so many ask to be told about a person. Without them fine-tuning would forget the biographies."""
@@ -75,9 +78,11 @@ def _sft(world: World, split: Split, draw: Draw) -> Iterator[Row]:
     joinable = cumulate({name: share for name, share in MIXTURE["sft"].items() if _is_single(name)})
     for item in _items("sft", world, split, draw):
         messages = conversation(item)
-        if _is_single(item.domain) and draw.chance(JOINED_SHARE, 100):
-            second = draw_item(DOMAINS[draw.weighted(joinable)], draw, item.language, world, split)
-            messages += conversation(second)
+        for _ in range(LONGEST - 1):
+            if not draw.chance(JOINED_SHARE, 100):
+                break
+            following = draw_item(DOMAINS[draw.weighted(joinable)], draw, item.language, world, split)
+            messages += conversation(following)
         yield _with_tools({"conversations": messages}, item)
         if draw.chance(RETOLD_SHARE, 100 - RETOLD_SHARE):
             yield _biography(world, draw)
