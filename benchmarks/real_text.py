@@ -76,6 +76,8 @@ def main() -> None:
     start = ("--init-from", str(options.out / "classics"), "--data.validation-fraction", "0.05")
     runs["sft llamafactory"] = train("sft", options.out / "tools", tools, options.tokens // 3, 0.01, *start)
     runs["sft kdconv_zh"] = train("sft", options.out / "turns", turns, options.tokens // 3, 0.01, *start)
+    for run in runs.values():  # the folders of the machine say nothing
+        run["command"] = run["command"].replace(str(options.data), "DATA").replace(str(options.out), "OUT")
     versions = {"minimind": __version__, "torch": torch.__version__, "python": platform.python_version()}
     RESULTS.write_text(json.dumps({"versions": versions, "runs": runs}, indent=1, ensure_ascii=False) + "\n", "utf-8")
     if not all(run["falls"] for run in runs.values()):
