@@ -227,7 +227,8 @@ def write_report(
             "What the model was not shown, it makes up with the same confidence.",
         ],
         commands=[
-            ("Chat with the model", f"minimind chat {last.run} --tools"),
+            ("Chat with the model", f"minimind chat {last.run}"),
+            ("Let it call the calculator, the clock and the weather", f"minimind chat {last.run} --tools"),
             ("Ask it all held-out questions", f"minimind eval {last.run} --questions {world}/questions-test.jsonl"),
             ("Train it for an hour", "minimind demo --full --out runs/demo-full"),
             ("Train on your own text", f"minimind pretrain --data FILE --tokenizer {config.out}/tokenizer"),
@@ -247,7 +248,7 @@ def summary(chapter: "Chapter", results: "list[Result]", report: Path, clock: "C
     parts = ", ".join(f"{name.lower()} {seconds:.0f} s" for name, seconds in clock.parts.items())
     say(f"Time: {minutes:.1f} minutes ({parts})")
     say(f"Report: {report}")
-    say(f"Now talk to it: minimind chat {chapter.run} --tools")
+    say(f"Now talk to it: minimind chat {chapter.run} --temperature 0")
 
 
 class Clock:
