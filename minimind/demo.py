@@ -52,7 +52,7 @@ class Budget:
     """Held-out questions asked for each domain and language."""
 
 
-QUICK = Budget("quick", 200_000, 200_000, 8)
+QUICK = Budget("quick", 400_000, 400_000, 8)
 STANDARD = Budget("demo", 3_000_000, 3_600_000, 50)
 FULL = Budget("full", 10_000_000, 14_000_000, 100)
 
