@@ -65,7 +65,7 @@ def test_what_it_writes(whole: Path) -> None:
         bits = own.pop("bits per byte")
         assert bits["after"] < bits["before"]
         assert bits["met"] is True
-        assert (bits["target"] is None) == (stage == "sft")  # the entropy of the text is known, that of the chats not
+        assert bits["target"] is None  # the entropy is a floor that nothing can beat, not what was asked for
         assert set(own) == asked
         for row in own.values():
             assert 0 <= row["low"] <= row["after"] <= row["high"] <= 1

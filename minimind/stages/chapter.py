@@ -82,11 +82,11 @@ class Chapter:
         rows = [row for row in read_jsonl(self.run / "metrics.jsonl") if "val_bits_per_byte" in row]
         first, last = rows[0]["val_bits_per_byte"], rows[-1]["val_bits_per_byte"]
         numbers: dict[str, Any] = {"before": first, "after": last, "low": None, "high": None, "n": None}
-        numbers |= {"target": self.floor, "met": last < first, "seconds": round(self.fitted.seconds, 1)}
+        numbers |= {"target": None, "met": last < first, "seconds": round(self.fitted.seconds, 1)}
         return [Result(stage=self.stage, metric="bits per byte", **numbers)]
 
     def report(self, results: Sequence[Result]) -> StageReport:
-        """Return the chapter as the report draws it."""
+        """Return the chapter as drawn."""
         return stage_from_run(
             self.run,
             name=self.stage,
