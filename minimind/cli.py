@@ -52,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     A MinimindError becomes its message on stderr and its `exit_code`; `MINIMIND_DEBUG=1` keeps the traceback.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    # Read by OpenMP when torch is loaded: how long a waiting thread spins before it sleeps. Long spinning collapses beside
-    # other torch processes, none at all takes twice the time on a quiet machine (docs/decisions.md has the figures).
+    # Read by OpenMP when torch is loaded: how long a waiting thread spins before it sleeps. Long spinning collapses
+    # beside other torch processes, none at all takes twice the time on a quiet machine (docs/decisions.md).
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     try:
