@@ -6,9 +6,7 @@ template, no tokenizer. It is not thread-safe: one thread calls it.
 """
 
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
-from copy import copy
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -17,16 +15,12 @@ from torch import Tensor
 
 from minimind.errors import ConfigError
 from minimind.inference.request import Completion, Event, FinishReason, Request, prefill_batches
+from minimind.inference.runner import Runner
 from minimind.inference.sampling import RowParams, SamplingParams, key_of, sample, uniforms_of
-from minimind.model.cache import KVCache
 from minimind.model.transformer import Transformer
-from minimind.runtime.device import autocast
 
 DEFAULT_MAX_LENGTH = 2048
 """Positions per cache row when `max_length` is not given (and the model allows as many)."""
-
-_PREFILL_CHUNK = 512
-"""Prompts are run this many positions at a time, so that a long one needs little memory."""
 
 _PREFILL_TOKENS = 8192
 """The most token slots (rows x length) of one prefill batch."""
@@ -35,8 +29,9 @@ _PREFILL_TOKENS = 8192
 class Engine:
     """Decodes with `model` in up to `max_batch_size` rows of `max_length` positions (prompt and answer).
 
-    `device` moves the model there; `dtype` is what products and the cache use (default: the parameters'). The model is
-    used as it is at each step, so its weights may be trained between two calls; no gradients are recorded.
+    `device` moves the model there; `dtype` is what products and the cache use (default: the parameters'). `native`
+    False keeps everything in PyTorch (see `inference.native`). The weights may be trained whenever no request is
+    running, since a running one has keys and values of the old ones; no gradients are recorded.
     """
 
     def __init__(
@@ -47,6 +42,7 @@ class Engine:
         max_length: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        native: bool = True,
     ) -> None:
         """Allocate the cache. Raises ConfigError for sizes that cannot be."""
         limit = model.config.max_position_embeddings
@@ -57,14 +53,11 @@ class Engine:
             raise ConfigError(f"engine: max_length {max_length}: use 2 to {limit}, the model's max_position_embeddings")
         if device is not None:
             model.to(torch.device(device))
-        weight = next(model.parameters())
         self.model = model
         self.max_batch_size = max_batch_size
         self.max_length = max_length
-        self.device = weight.device
-        self.dtype = dtype or weight.dtype
-        self._has_autocast = self.dtype != weight.dtype
-        self._cache = KVCache(model.config, max_batch_size, max_length, device=self.device, dtype=self.dtype)
+        self._runner = Runner(model, max_batch_size, max_length, dtype, is_native=native)
+        self.device, self.dtype = self._runner.device, self._runner.dtype
         self._waiting: deque[Request] = deque()
         self._requests: dict[int, Request] = {}
         self._next_id = 0
@@ -115,7 +108,7 @@ class Engine:
 
         An empty list means that nothing is left to do.
         """
-        with self._deciding():
+        with self._runner.deciding():
             self._advance()
         events, self._undelivered = self._undelivered, []
         return events
@@ -140,7 +133,7 @@ class Engine:
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i])))
         by_index = {i: self._submit(prompts[i], each[i], has_events=False) for i in order}
         try:
-            with self._deciding():
+            with self._runner.deciding():
                 pending = list(by_index.values())
                 while pending:
                     self._advance()
@@ -168,7 +161,7 @@ class Engine:
                 if events:
                     self._undelivered = [event for event in self._undelivered if event.request_id != request_id]
                 else:
-                    with self._deciding():
+                    with self._runner.deciding():
                         self._advance()
                 for event in events:
                     yield event
@@ -177,19 +170,6 @@ class Engine:
         finally:
             if self.cancel(request_id):
                 self._undelivered = [event for event in self._undelivered if event.request_id != request_id]
-
-    @contextmanager
-    def _deciding(self) -> Generator[None]:
-        # A policy in training mode decides without dropout and is handed back as it was.
-        is_training = self.model.training
-        if is_training:
-            self.model.eval()
-        try:
-            with torch.inference_mode(), autocast(self.device, self.dtype if self._has_autocast else torch.float32):
-                yield
-        finally:
-            if is_training:
-                self.model.train()
 
     def _check(self, prompt: Sequence[int], where: str) -> None:
         if not prompt:
@@ -231,6 +211,8 @@ class Engine:
         # With many rows, wait for a few to be free: a forward pass for one prompt costs nearly as much as for eight.
         if not self._waiting or free < min(len(self._waiting), max(1, self.max_batch_size // 8)):
             return
+        if free == self.max_batch_size:
+            self._runner.begin()
         rows = [row for row in range(self.max_batch_size) if self._rows[row] is None]
         admitted = [self._waiting.popleft() for _ in rows[: len(self._waiting)]]
         admitted.sort(key=lambda request: len(request.prompt))  # batches of like length, of rows in order
@@ -253,35 +235,15 @@ class Engine:
     def _prefill(self, groups: list[list[Request]]) -> None:
         """Run the prompt of each group once, copy its cache row to the others, and choose everyone's first token."""
         leaders = [group[0] for group in groups]
-        lengths = np.array([len(leader.prompt) for leader in leaders])
-        width = int(lengths.max())
-        ids = np.zeros((len(leaders), width), dtype=np.int64)
-        for i, leader in enumerate(leaders):
-            ids[i, : lengths[i]] = leader.prompt
-        positions = np.where(np.arange(width) < lengths[:, None], np.arange(width), -1)
-        rows = self._to_device(np.array([leader.row for leader in leaders]))
-        last = torch.zeros(len(leaders), self.model.config.hidden_size, dtype=self.dtype, device=self.device)  # (B, D)
-        for start in range(0, width, _PREFILL_CHUNK):
-            end = min(start + _PREFILL_CHUNK, width)
-            self._cache.extent = start  # the forward raises it to `end`
-            hidden = self.model(
-                self._to_device(ids[:, start:end]),
-                positions=self._to_device(positions[:, start:end]),
-                cache=self._cache,
-                cache_rows=rows,
-            ).hidden
-            ending = np.nonzero((lengths > start) & (lengths <= end))[0]
-            index, column = self._to_device(ending), self._to_device(lengths[ending] - 1 - start)
-            last[index] = hidden[index, column].to(last.dtype)
-        logits = last @ self.model.head.to(last.dtype).T  # (B, V)
+        logits = self._runner.prefill([leader.prompt for leader in leaders], [leader.row for leader in leaders])
         requests = [request for group in groups for request in group]
         if len(requests) > len(leaders):
-            self._copy_rows(
+            self._runner.copy_rows(
                 [group[0].row for group in groups for _ in group[1:]],
                 [request.row for group in groups for request in group[1:]],
-                width,
+                max(len(leader.prompt) for leader in leaders),
             )
-            logits = logits[self._to_device(np.repeat(np.arange(len(groups)), [len(group) for group in groups]))]
+            logits = logits.repeat_interleave(self._runner.to_device(np.array([len(group) for group in groups])), dim=0)
         owned = np.array([request.row for request in requests])
         row_params = RowParams.of([request.params for request in requests], self.device)
         if any(request.params.repetition_penalty != 1 for request in requests):
@@ -302,14 +264,7 @@ class Engine:
             width -= 1
         if not width:
             return
-        cache = self._front(width)
-        cache.extent = int(self._positions[:width].max())  # the forward raises it by one
-        output = self.model(
-            self._to_device(self._tokens[:width, None]),
-            positions=self._to_device(self._positions[:width, None]),
-            cache=cache,
-        )
-        logits = output.logits[:, 0]  # (B, V)
+        logits = self._runner.decode(self._tokens[:width], self._positions[:width])
         requests = self._rows[:width]
         if self._row_params is None:
             default = next(request.params for request in requests if request)
@@ -325,10 +280,10 @@ class Engine:
         uniforms = None if params.is_greedy is True else uniforms_of(self._keys[rows], self._counters[rows])
         seen = None
         if params.repetition_penalty is not None and self._seen is not None:
-            seen = self._seen[self._to_device(rows)]
+            seen = self._seen[self._runner.to_device(rows)]
         token_tensor, log_prob_tensor = sample(logits, params, uniforms, seen)
         if self._seen is not None:
-            self._seen[self._to_device(rows), token_tensor] = True
+            self._seen[self._runner.to_device(rows), token_tensor] = True
         token_ids: list[int] = token_tensor.tolist()
         log_probs: list[float] | None = log_prob_tensor.tolist() if log_prob_tensor is not None else None
         self._tokens[rows] = token_ids
@@ -371,7 +326,7 @@ class Engine:
         if (width - num_running) * 8 < width:
             return
         sources = running[num_running - len(holes) :]
-        self._copy_rows(sources, holes, int(self._positions.max()))
+        self._runner.copy_rows(sources, holes, int(self._positions.max()))
         for state in (self._tokens, self._positions, self._keys, self._counters):
             state[holes] = state[sources]
         if self._seen is not None:
@@ -383,18 +338,3 @@ class Engine:
             self._rows[hole], self._rows[source] = request, None
             self._positions[source] = -1
         self._row_params = None
-
-    def _front(self, width: int) -> KVCache:
-        # A view of the same memory: named by `cache_rows`, the forward would copy these rows at every step.
-        if width == self.max_batch_size:
-            return self._cache
-        view = copy(self._cache)
-        view.batch_size, view.keys, view.values = width, self._cache.keys[:, :width], self._cache.values[:, :width]
-        return view
-
-    def _copy_rows(self, sources: list[int], targets: list[int], length: int) -> None:
-        for slots in (self._cache.keys, self._cache.values):  # (L, B, K, slots, Dh)
-            slots[:, targets, :, :length] = slots[:, sources, :, :length]
-
-    def _to_device(self, array: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)

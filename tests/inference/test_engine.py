@@ -89,7 +89,7 @@ def test_stop_ids_end_an_answer_and_are_its_last_id(model: Transformer) -> None:
 def test_long_prompts_run_in_chunks(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = prompts_of(10, longest=60)
     whole = Engine(model, max_batch_size=4, max_length=80).generate(prompts, GREEDY)
-    monkeypatch.setattr("minimind.inference.engine._PREFILL_CHUNK", 7)
+    monkeypatch.setattr("minimind.inference.runner.PREFILL_CHUNK", 7)
     chunked = Engine(model, max_batch_size=4, max_length=80).generate(prompts, GREEDY)
     assert [c.ids for c in chunked] == [c.ids for c in whole]
 

@@ -1,0 +1,579 @@
+// One decode step of a dense model (Llama, or Qwen3 with QK-norm) on a CPU: one token of each row in, its logits out.
+//
+// Best read from the bottom up: `Step::walk` is the whole model, line by line; above it stand attention, the one matrix
+// product, the threads and the vectors. `native.py` builds this file, packs the weights and calls it. The model in
+// PyTorch is its definition, and `tests/inference/test_native.py` holds the two together.
+//
+// Decoding reads every weight once per step and computes little with it, so memory sets the pace. Three things follow:
+//   * Weights lie in panels, in the order in which they are read: one stream, no jumps. A panel is WIDTH outputs,
+//     [units of inputs][WIDTH], where a unit is 32 bits: 1 float32 or 2 bfloat16 inputs. It is read once for all rows,
+//     and meets up to ROWS of them at a time in registers.
+//   * Every width is rounded up to whole panels. Padding is zero, so it changes no sum, and no loop needs a remainder.
+//   * All threads walk through the step together, each with its share of the panels; `team.meet()` stands where one
+//     needs what the others wrote. What costs next to nothing (norms) each computes for itself.
+//
+// A sum runs over its inputs in one fixed order, however many rows and threads there are: the logits of a row are the
+// same bits alone and in any company.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+// -- what native.py hands over; its structures mirror these, field by field ---------------------------------------------
+
+extern "C" {
+
+struct Matrix {
+  const uint32_t* panels;
+  int64_t outputs, units;  // rounded up to whole panels; units per output
+};
+
+struct Layer {
+  const float *attention_norm, *feed_forward_norm, *q_norm, *k_norm;  // the last two: null without QK-norm
+  Matrix qkv, o, gate, up, down;
+};
+
+struct Model {
+  const Layer* layers;
+  const float *embedding, *norm;  // (vocabulary, hidden), (hidden)
+  Matrix head;
+  const float *cos, *sin;  // (positions, head_dim / 2)
+  void *keys, *values;     // (layers, max_rows, kv_heads, slots, head_dim)
+  int64_t num_layers, hidden, heads, kv_heads, head_dim, max_rows, slots;
+  int64_t has_bfloat16_weights, has_bfloat16_cache;  // else float32
+  float eps;
+};
+}
+
+namespace {
+
+// -- vectors as wide as the machine's, in the notation of GCC and Clang -------------------------------------------------
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, ROWS = 8;
+#elif defined(__AVX__)
+constexpr int LANES = 8, ROWS = 4;  // half as many registers
+#else
+constexpr int LANES = 4, ROWS = 8;
+#endif
+constexpr int WIDTH = 2 * LANES;
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Units __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+template <class To, class From>
+To bits(From from) {
+  static_assert(sizeof(To) == sizeof(From), "the same bits, read as another type");
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+struct BFloat {  // the upper half of a float32
+  uint16_t upper;
+};
+
+BFloat rounded(float x) {  // to nearest, ties to even
+  const uint32_t u = bits<uint32_t>(x);
+  return {uint16_t(x == x ? (u + 0x7fff + (u >> 16 & 1)) >> 16 : 0x7fc0)};
+}
+
+template <class Vector>
+Vector load(const void* from) {
+  Vector v;
+  std::memcpy(&v, from, sizeof(v));
+  return v;
+}
+
+// The next LANES numbers of a head; zeros after the last one.
+Floats load(const float* from, int64_t count) {
+  if (count >= LANES) return load<Floats>(from);
+  Floats v = {};
+  std::memcpy(&v, from, 4 * count);
+  return v;
+}
+
+Floats load(const BFloat* from, int64_t count) {
+  Halves v = {};
+  if (count >= LANES)
+    v = load<Halves>(from);
+  else
+    std::memcpy(&v, from, 2 * count);
+  return bits<Floats>(__builtin_convertvector(v, Units) << 16);
+}
+
+void store(float* to, Floats v, int64_t count = LANES) { std::memcpy(to, &v, 4 * std::min<int64_t>(count, LANES)); }
+void store(float* to, float x) { *to = x; }
+void store(BFloat* to, float x) { *to = rounded(x); }
+
+float sum(Floats v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(bits<__m512>(v));
+#endif
+  float lanes[LANES];
+  store(lanes, v);
+  for (int half = LANES / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+// e^x to 3e-7 of itself, x held inside [-87, 88]: 2^n through the exponent's bits, times a Taylor polynomial in the rest,
+// which is at most ln(2) / 2.
+Floats exponential(Floats x) {
+  const Floats lowest = Floats{} - 87.0f, highest = Floats{} + 88.0f;
+  x = x < lowest ? lowest : x;
+  x = x > highest ? highest : x;
+  const float to_whole = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to a whole number
+  const Floats n = (x * 1.44269504f + to_whole) - to_whole;
+  const Floats rest = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln(2) in two parts: the first product is exact
+  Floats power = Floats{} + 1.0f / 5040;
+  for (const float coefficient : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 1.0f / 2, 1.0f, 1.0f})
+    power = power * rest + coefficient;
+  return bits<Floats>(bits<Ints>(power) + (__builtin_convertvector(n, Ints) << 23));
+}
+
+// -- the formats of a weight: how a unit of weights meets a unit of inputs, and how inputs become units -----------------
+
+struct Float32 {
+  static constexpr int64_t INPUTS = 1;  // per unit
+  static Floats add(Floats sum, Units w, uint32_t x) { return sum + bits<Floats>(w) * bits<float>(x); }
+  static void pack(const float* x, int64_t units, uint32_t* to) { std::memcpy(to, x, 4 * units); }
+};
+
+struct BFloat16 {
+  static constexpr int64_t INPUTS = 2;
+  static Floats add(Floats sum, Units w, uint32_t x) {
+#if defined(__AVX512BF16__)
+    return bits<Floats>(_mm512_dpbf16_ps(bits<__m512>(sum), bits<__m512bh>(w), bits<__m512bh>(Units{} + x)));
+#else
+    sum += bits<Floats>(w << 16) * bits<float>(x << 16);
+    return sum + bits<Floats>(w & 0xffff0000u) * bits<float>(x & 0xffff0000u);
+#endif
+  }
+  static void pack(const float* x, int64_t units, uint32_t* to) {
+    for (int64_t i = 0; i < units; i++) to[i] = rounded(x[2 * i]).upper | uint32_t(rounded(x[2 * i + 1]).upper) << 16;
+  }
+};
+
+// -- threads ------------------------------------------------------------------------------------------------------------
+
+// Threads that do the same work together. Between two works they wait awake for a moment, then asleep.
+class Team {
+ public:
+  const int size;
+
+  explicit Team(int threads) : size(threads) {
+    for (int i = 1; i < size; i++) helpers_.emplace_back([this, i] { help(i); });
+  }
+
+  ~Team() {
+    begin(nullptr, nullptr);
+    for (std::thread& helper : helpers_) helper.join();
+  }
+
+  // Call work(on, thread) in every thread, this one included; return when all are done.
+  void together(void (*work)(void*, int), void* on) {
+    begin(work, on);
+    work(on, 0);
+    meet();
+  }
+
+  // Return when every thread has come here.
+  void meet() {
+    if (size == 1) return;
+    const unsigned now = meetings_;
+    if (++arrived_ == size) {
+      arrived_ = 0;
+      meetings_ = now + 1;
+    }
+    for (int turns = 0; meetings_ == now; turns++) turns < AWAKE ? relax() : std::this_thread::yield();
+  }
+
+ private:
+  static constexpr int AWAKE = 4000;  // turns of a waiting loop, about a tenth of a millisecond
+
+  static void relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+
+  void begin(void (*work)(void*, int), void* on) {
+    work_ = work, on_ = on;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      works_++;
+    }
+    wake_.notify_all();
+  }
+
+  void help(int thread) {
+    for (unsigned done = 0;; done++) {
+      for (int turns = 0; works_ == done && turns < AWAKE; turns++) relax();
+      if (works_ == done) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, [&] { return works_ != done; });
+      }
+      if (!work_) return;
+      work_(on_, thread);
+      meet();
+    }
+  }
+
+  std::atomic<unsigned> works_{0}, meetings_{0};
+  std::atomic<int> arrived_{0};
+  void (*work_)(void*, int) = nullptr;
+  void* on_ = nullptr;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::vector<std::thread> helpers_;
+};
+
+// -- the matrix product -------------------------------------------------------------------------------------------------
+
+enum Write { SET, ADD };
+
+// A panel times `rows` rows: 2 * rows vectors of sums stay in registers while the panel streams past.
+template <class Format, int rows>
+void tile(const uint32_t* panel, int64_t units, const uint32_t* x, float* out, int64_t stride, Write write) {
+  Floats sums[rows][2] = {};
+  for (int64_t unit = 0; unit < units; unit++) {
+    const Units left = load<Units>(panel + unit * WIDTH), right = load<Units>(panel + unit * WIDTH + LANES);
+    for (int row = 0; row < rows; row++) {
+      sums[row][0] = Format::add(sums[row][0], left, x[row * units + unit]);
+      sums[row][1] = Format::add(sums[row][1], right, x[row * units + unit]);
+    }
+  }
+  for (int row = 0; row < rows; row++)
+    for (int half = 0; half < 2; half++) {
+      float* to = out + row * stride + half * LANES;
+      store(to, write == ADD ? load<Floats>(to) + sums[row][half] : sums[row][half]);
+    }
+}
+
+// The same for a number of rows that the compiler does not know: 1 to `most`.
+template <class Format, int most>
+void tile_of(int64_t rows, const uint32_t* panel, int64_t units, const uint32_t* x, float* out, int64_t stride, Write write) {
+  if constexpr (most > 1)
+    if (rows < most) return tile_of<Format, most - 1>(rows, panel, units, x, out, stride, write);
+  tile<Format, most>(panel, units, x, out, stride, write);
+}
+
+// -- the step -----------------------------------------------------------------------------------------------------------
+
+int64_t padded(int64_t width) { return (width + WIDTH - 1) / WIDTH * WIDTH; }
+
+class Step {
+ public:
+  Step(const Model& model, int threads)
+      : model_(model),
+        hidden_width_(padded(model.hidden)),
+        heads_width_(padded(model.heads * model.head_dim)),
+        inner_width_(model.layers[0].gate.outputs),
+        hidden_(model.max_rows * hidden_width_),
+        qkv_(model.max_rows * model.layers[0].qkv.outputs),
+        mixed_(model.max_rows * heads_width_),
+        gate_(model.max_rows * inner_width_),
+        up_(model.max_rows * inner_width_),
+        desks_(threads),
+        team_(threads) {
+    for (Desk& desk : desks_) {
+      desk.normed.resize(hidden_width_);
+      desk.units.resize(model.max_rows * std::max({hidden_width_, heads_width_, inner_width_}));
+      desk.scores.resize(HEADS * padded(model.slots));
+    }
+  }
+
+  // Row i of the cache gets token i at position i (-1: the row is idle). logits: (rows, outputs of the head).
+  void run(int64_t rows, const int64_t* tokens, const int64_t* positions, float* logits) {
+    rows_ = rows, tokens_ = tokens, positions_ = positions, logits_ = logits;
+    team_.together([](void* step, int thread) { static_cast<Step*>(step)->start(thread); }, this);
+  }
+
+ private:
+  struct Desk {  // what one thread works on alone
+    std::vector<uint32_t> units;  // the inputs of the next product, row after row
+    std::vector<float> normed, scores;
+  };
+
+  void start(int thread) {
+    if (model_.has_bfloat16_weights)
+      model_.has_bfloat16_cache ? walk<BFloat16, BFloat>(thread) : walk<BFloat16, float>(thread);
+    else
+      model_.has_bfloat16_cache ? walk<Float32, BFloat>(thread) : walk<Float32, float>(thread);
+  }
+
+  // The model.
+  template <class Format, class Number>
+  void walk(int thread) {
+    embed(thread);
+    team_.meet();
+    for (int64_t index = 0; index < model_.num_layers; index++) {
+      const Layer& layer = model_.layers[index];
+      take_normed<Format>(thread, layer.attention_norm);
+      multiply<Format>(thread, layer.qkv, qkv_.data(), SET);
+      team_.meet();
+      attend<Number>(thread, index);
+      team_.meet();
+      take<Format>(thread, mixed_, heads_width_);
+      multiply<Format>(thread, layer.o, hidden_.data(), ADD);
+      team_.meet();
+      take_normed<Format>(thread, layer.feed_forward_norm);
+      multiply<Format>(thread, layer.gate, gate_.data(), SET);
+      multiply<Format>(thread, layer.up, up_.data(), SET);
+      activate(thread);
+      team_.meet();
+      take<Format>(thread, gate_, inner_width_);
+      multiply<Format>(thread, layer.down, hidden_.data(), ADD);
+      team_.meet();
+    }
+    take_normed<Format>(thread, model_.norm);
+    multiply<Format>(thread, model_.head, logits_, SET);
+  }
+
+  struct Share {
+    int64_t begin, end;
+  };
+
+  Share share_of(int64_t count, int thread) const {
+    return {count * thread / team_.size, count * (thread + 1) / team_.size};
+  }
+
+  void embed(int thread) {
+    const Share share = share_of(rows_, thread);
+    for (int64_t row = share.begin; row < share.end; row++)
+      std::memcpy(&hidden_[row * hidden_width_], model_.embedding + tokens_[row] * model_.hidden, 4 * model_.hidden);
+  }
+
+  // Put every row's inputs on the desk, in the weights' format.
+  template <class Format>
+  void take(int thread, const std::vector<float>& from, int64_t width) {
+    const int64_t units = width / Format::INPUTS;
+    for (int64_t row = 0; row < rows_; row++) Format::pack(&from[row * width], units, &desks_[thread].units[row * units]);
+  }
+
+  // The same, of hidden / sqrt(mean(hidden^2) + eps) * weight.
+  template <class Format>
+  void take_normed(int thread, const float* weight) {
+    Desk& desk = desks_[thread];
+    const int64_t units = hidden_width_ / Format::INPUTS;
+    for (int64_t row = 0; row < rows_; row++) {
+      normalise(&hidden_[row * hidden_width_], model_.hidden, weight, desk.normed.data());
+      Format::pack(desk.normed.data(), units, &desk.units[row * units]);
+    }
+  }
+
+  void normalise(const float* x, int64_t size, const float* weight, float* out) const {
+    Floats squares = {};
+    for (int64_t i = 0; i < size; i += LANES) squares += load(x + i, size - i) * load(x + i, size - i);
+    const float scale = 1.0f / std::sqrt(sum(squares) / size + model_.eps);
+    for (int64_t i = 0; i < size; i++) out[i] = weight[i] * (x[i] * scale);
+  }
+
+  // out = (or +=) matrix times what lies on the desk: this thread's panels, for all rows.
+  template <class Format>
+  void multiply(int thread, const Matrix& matrix, float* out, Write write) {
+    const Share share = share_of(matrix.outputs / WIDTH, thread);
+    const uint32_t* x = desks_[thread].units.data();
+    for (int64_t panel = share.begin; panel < share.end; panel++)
+      for (int64_t row = 0; row < rows_; row += ROWS)
+        tile_of<Format, ROWS>(rows_ - row, matrix.panels + panel * WIDTH * matrix.units, matrix.units,
+                              x + row * matrix.units, out + row * matrix.outputs + panel * WIDTH, matrix.outputs, write);
+  }
+
+  // gate = silu(gate) * up, in the columns that this thread has just multiplied.
+  void activate(int thread) {
+    const Share share = share_of(inner_width_ / WIDTH, thread);
+    for (int64_t row = 0; row < rows_; row++)
+      for (int64_t i = share.begin * WIDTH; i < share.end * WIDTH; i += LANES) {
+        float* gate = &gate_[row * inner_width_ + i];
+        const Floats x = load<Floats>(gate);
+        store(gate, x / (1.0f + exponential(-x)) * load<Floats>(&up_[row * inner_width_ + i]));
+      }
+  }
+
+  template <class Number>
+  void attend(int thread, int64_t layer) {
+    const int64_t tasks = rows_ * model_.kv_heads;
+    for (int64_t task = thread; task < tasks; task += team_.size)
+      attend<Number>(desks_[thread], layer, task / model_.kv_heads, task % model_.kv_heads);
+  }
+
+  // One key/value head of one row, with the query heads that share it.
+  template <class Number>
+  void attend(Desk& desk, int64_t layer, int64_t row, int64_t kv_head) {
+    const int64_t size = model_.head_dim, group = model_.heads / model_.kv_heads, position = positions_[row];
+    if (position < 0) return;  // an idle row: whatever comes out of it, nobody reads
+    float* mixed = &mixed_[row * heads_width_ + kv_head * group * size];
+
+    float* qkv = &qkv_[row * model_.layers[layer].qkv.outputs];
+    float* queries = qkv + kv_head * group * size;
+    float* key = qkv + (model_.heads + kv_head) * size;
+    const float* value = qkv + (model_.heads + model_.kv_heads + kv_head) * size;
+    const int64_t place = ((layer * model_.max_rows + row) * model_.kv_heads + kv_head) * model_.slots * size;
+    Number* keys = static_cast<Number*>(model_.keys) + place;
+    Number* values = static_cast<Number*>(model_.values) + place;
+
+    for (int64_t head = 0; head < group; head++) place_in_time(queries + head * size, model_.layers[layer].q_norm, position);
+    place_in_time(key, model_.layers[layer].k_norm, position);
+    for (int64_t i = 0; i < size; i++) store(keys + position * size + i, key[i]);
+    for (int64_t i = 0; i < size; i++) store(values + position * size + i, value[i]);
+
+    for (int64_t head = 0; head < group; head += HEADS)
+      look_around_of<Number, HEADS>(group - head, queries + head * size, keys, values, position + 1, desk.scores.data(),
+                                    mixed + head * size);
+  }
+
+  static constexpr int HEADS = 4;  // that meet a key or a value together, once it is loaded
+
+  // softmax(q k^T / sqrt(size)) v for a few query heads over the same keys and values.
+  template <class Number, int heads>
+  void look_around(const float* queries, const Number* keys, const Number* values, int64_t length, float* scores, float* out) {
+    const int64_t size = model_.head_dim, stride = padded(model_.slots);
+    const float scale = 1.0f / std::sqrt(float(size));
+    for (int64_t slot = 0; slot < length; slot++) {
+      Floats products[heads] = {};
+      for (int64_t i = 0; i < size; i += LANES) {
+        const Floats key = load(keys + slot * size + i, size - i);
+        __builtin_prefetch(values + slot * size + i);  // comes from memory while the scores are computed
+        for (int head = 0; head < heads; head++) products[head] += load(queries + head * size + i, size - i) * key;
+      }
+      for (int head = 0; head < heads; head++) scores[head * stride + slot] = sum(products[head]) * scale;
+    }
+    for (int head = 0; head < heads; head++) softmax(scores + head * stride, length);
+    for (int64_t i = 0; i < size; i += LANES) {
+      Floats totals[heads] = {};
+      for (int64_t slot = 0; slot < length; slot++) {
+        const Floats value = load(values + slot * size + i, size - i);
+        for (int head = 0; head < heads; head++) totals[head] += scores[head * stride + slot] * value;
+      }
+      for (int head = 0; head < heads; head++) store(out + head * size + i, totals[head], size - i);
+    }
+  }
+
+  template <class Number, int most>
+  void look_around_of(int64_t heads, const float* queries, const Number* keys, const Number* values, int64_t length,
+                      float* scores, float* out) {
+    if constexpr (most > 1)
+      if (heads < most) return look_around_of<Number, most - 1>(heads, queries, keys, values, length, scores, out);
+    look_around<Number, most>(queries, keys, values, length, scores, out);
+  }
+
+  // QK-norm where the model has it, then the rotation of pair (i, i + size / 2) by the position's angle.
+  void place_in_time(float* head, const float* norm, int64_t position) const {
+    const int64_t half = model_.head_dim / 2;
+    if (norm) normalise(head, model_.head_dim, norm, head);
+    const float *cos = model_.cos + position * half, *sin = model_.sin + position * half;
+    for (int64_t i = 0; i < half; i++) {
+      const float first = head[i], second = head[i + half];
+      head[i] = first * cos[i] - second * sin[i];
+      head[i + half] = second * cos[i] + first * sin[i];
+    }
+  }
+
+  static void softmax(float* scores, int64_t length) {
+    std::fill(scores + length, scores + padded(length), -INFINITY);  // the rest of the last vector
+    Floats highest = load<Floats>(scores), total = {};
+    for (int64_t i = LANES; i < length; i += LANES) {
+      const Floats next = load<Floats>(scores + i);
+      highest = next > highest ? next : highest;
+    }
+    float lanes[LANES];
+    store(lanes, highest);
+    const float largest = *std::max_element(lanes, lanes + LANES);
+    for (int64_t i = 0; i < length; i += LANES) {
+      const Floats e = exponential(load<Floats>(scores + i) - largest);
+      store(scores + i, e);
+      total += e;
+    }
+    const float share = 1.0f / sum(total);
+    for (int64_t i = 0; i < length; i++) scores[i] *= share;
+  }
+
+  const Model& model_;
+  const int64_t hidden_width_, heads_width_, inner_width_;
+  std::vector<float> hidden_, qkv_, mixed_, gate_, up_;  // (max_rows, width), shared by the threads
+  std::vector<Desk> desks_;
+  int64_t rows_ = 0;
+  const int64_t *tokens_ = nullptr, *positions_ = nullptr;
+  float* logits_ = nullptr;
+  Team team_;  // last, so that its threads end first
+};
+
+// -- the door -----------------------------------------------------------------------------------------------------------
+
+template <class Format>
+void pack(const float* weights, int64_t outputs, int64_t inputs, uint32_t* panels) {
+  const int64_t units = padded(inputs) / Format::INPUTS;
+  std::vector<float> row(padded(inputs));
+  std::vector<uint32_t> panel(WIDTH * units);  // output after output
+  for (int64_t first = 0; first < outputs; first += WIDTH, panels += WIDTH * units) {
+    for (int64_t i = 0; i < WIDTH; i++) {
+      if (first + i < outputs) std::memcpy(row.data(), weights + (first + i) * inputs, 4 * inputs);
+      else std::fill(row.begin(), row.end(), 0.0f);
+      Format::pack(row.data(), units, &panel[i * units]);
+    }
+    for (int64_t begin = 0; begin < units; begin += LANES)  // a line of the cache at a time
+      for (int64_t i = 0; i < WIDTH; i++)
+        for (int64_t unit = begin; unit < std::min(begin + LANES, units); unit++)
+          panels[unit * WIDTH + i] = panel[i * units + unit];
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t panel_width() { return WIDTH; }
+
+// (outputs, inputs) float32 weights into panels; both numbers are rounded up to whole panels.
+void pack_float32(const float* weights, int64_t outputs, int64_t inputs, uint32_t* panels) {
+  pack<Float32>(weights, outputs, inputs, panels);
+}
+
+void pack_bfloat16(const float* weights, int64_t outputs, int64_t inputs, uint32_t* panels) {
+  pack<BFloat16>(weights, outputs, inputs, panels);
+}
+
+// A number that any change of these `bytes` (a multiple of 2) changes, but for one chance in 2^32 or so.
+uint64_t digest(const uint16_t* data, int64_t bytes) {
+  Units state[4] = {};
+  const int64_t step = sizeof(state);
+  uint64_t total = bytes;
+  int64_t at = 0;
+  for (; at + step <= bytes; at += step)
+    for (int i = 0; i < 4; i++) state[i] = (state[i] ^ load<Units>(data + at / 2 + i * 2 * LANES)) * 0x9e3779b1u + (state[i] >> 15);
+  for (; at < bytes; at += 2) total = (total ^ data[at / 2]) * 0x100000001b3u;
+  for (const Units& units : state)
+    for (int i = 0; i < LANES; i++) total = (total ^ units[i]) * 0x100000001b3u;
+  return total;
+}
+
+// The model and all it points to must stay until `end`. Null when there is no memory or no thread to be had.
+void* begin(const Model* model, int64_t threads) {
+  try {
+    return new Step(*model, int(threads));
+  } catch (const std::exception&) {
+    return nullptr;
+  }
+}
+
+void step(void* handle, int64_t rows, const int64_t* tokens, const int64_t* positions, float* logits) {
+  static_cast<Step*>(handle)->run(rows, tokens, positions, logits);
+}
+
+void end(void* handle) { delete static_cast<Step*>(handle); }
+}
