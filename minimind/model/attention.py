@@ -4,15 +4,18 @@
 Who sees whom is the layout's knowledge.
 """
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from minimind.model.block_attention import block_attention
 from minimind.model.config import ModelConfig
+from minimind.model.feed_forward import side_by_side
 from minimind.model.layout import Layout, Lengths
 from minimind.model.norm import RMSNorm
 from minimind.model.rope import rotate
+from minimind.native import kernels
 
 
 def attend(
@@ -74,6 +77,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.head_dim = config.size_per_head
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.dropout = config.dropout
         width, kv_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
@@ -91,6 +95,8 @@ class Attention(nn.Module):
         layout: Layout,
     ) -> Float[Tensor, "B T D"]:
         """Return the attention's contribution to the residual; writes the cache first where the layout has one."""
+        if layout.spans is not None:
+            return self.o_proj(self._attend_inside(x, cos, sin, layout.spans))
         heads = (*x.shape[:2], -1, self.head_dim)
         q, k, v = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)  # (B, T, *, Dh)
         if self.q_norm is not None and self.k_norm is not None:
@@ -102,3 +108,12 @@ class Attention(nn.Module):
                 k, v = cached_k, cached_v
         output = attend(q, k, v, layout, dropout=self.dropout if self.training else 0.0)
         return self.o_proj(output.flatten(2))  # (B, T, D)
+
+    def _attend_inside(self, x: Tensor, cos: Tensor, sin: Tensor, spans: Tensor) -> Tensor:
+        """Return what `forward` gives to `o_proj`, from rotation to values in one kernel."""
+        qkv = side_by_side(x, self.q_proj, self.k_proj, self.v_proj)  # (B, T, (H + 2 K) * Dh)
+        if self.q_norm is not None and self.k_norm is not None:
+            widths = [self.num_heads * self.head_dim, *[self.num_kv_heads * self.head_dim] * 2]
+            q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv.split(widths, dim=-1))
+            qkv = torch.cat((self.q_norm(q), self.k_norm(k), v), dim=2).flatten(2)
+        return kernels.attention(qkv, cos, sin, spans, self.num_heads, self.num_kv_heads)

@@ -44,22 +44,26 @@ def rows_as_documents(batch: int, length: int) -> Buckets:
     return Buckets(torch.tensor([[batch, length]]), nothing, torch.empty(0, 1, 1), nothing)
 
 
+def spans_of(documents: Int[Tensor, "B T"]) -> Int[Tensor, " documents_and_one"]:
+    """Return 0, then where each document ends in the flat batch. A document is a run of equal numbers in a row; runs of
+    padding are cut every 16 tokens, so that padding costs next to nothing."""
+    is_first = torch.ones_like(documents, dtype=torch.bool)
+    is_first[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    is_first[:, ::16] |= documents[:, ::16] == PAD_DOCUMENT
+    return torch.cat((is_first.flatten().nonzero()[:, 0], torch.tensor([documents.numel()])))
+
+
 def buckets_of(documents: Int[Tensor, "B T"]) -> Buckets:
-    """Return the buckets of packed rows. A document is a run of equal numbers in a row; runs of padding are cut every
-    16 tokens, so that padding costs next to nothing."""
+    """Return the buckets of packed rows; what a document is, `spans_of` says."""
     return Buckets(*_bucket(documents))
 
 
 @torch.library.custom_op("minimind::bucket_documents", mutates_args=())
 def _bucket(documents: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, length = documents.shape
-    is_first = torch.ones(batch, length, dtype=torch.bool)
-    is_first[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    is_first[:, ::16] |= documents[:, ::16] == PAD_DOCUMENT
-    starts = is_first.flatten().nonzero()[:, 0]
-    ends = torch.cat((starts[1:], torch.tensor([batch * length])))
-    lengths, order = (ends - starts).sort(stable=True)
-    starts = starts[order]
+    spans = spans_of(documents)
+    lengths, order = spans.diff().sort(stable=True)
+    starts = spans[order]
     # Lengths within a factor 1.5 share a bucket; its products are as long as its longest document.
     ladder = (lengths.clamp(min=16).double() / 16).log().div(math.log(1.5)).ceil().long()
     sizes = ladder.unique_consecutive(return_counts=True)[1].tolist()

@@ -1,8 +1,11 @@
 """SwiGLU (arXiv 2002.05202): down(silu(gate(x)) * up(x)). Knows neither the residual nor the norm before it."""
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from minimind.native import kernels
 
 
 class FeedForward(nn.Module):
@@ -16,4 +19,14 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         """Return the transformed `x`, each position by itself."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if not (x.requires_grad and kernels.usable(x.device, kernels.product_dtype(x))):
+            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(kernels.swiglu(side_by_side(x, self.gate_proj, self.up_proj)))
+
+
+def side_by_side(x: Float[Tensor, "*batch D"], *layers: nn.Module) -> Float[Tensor, "*batch width"]:
+    """Return the layers' outputs of one `x` side by side: one product and one gradient of `x` where they are plain."""
+    weights = [layer.weight for layer in layers if type(layer) is nn.Linear]  # an adapter around one is not plain
+    if len(weights) == len(layers):
+        return F.linear(x, torch.cat(weights))
+    return torch.cat([layer(x) for layer in layers], dim=-1)

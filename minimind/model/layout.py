@@ -14,11 +14,13 @@ from torch import Tensor
 
 from minimind.batch import PAD_DOCUMENT
 from minimind.errors import ConfigError
-from minimind.model.block_attention import Buckets, buckets_of, rows_as_documents
+from minimind.model.block_attention import Buckets, buckets_of, rows_as_documents, spans_of
 from minimind.model.cache import CacheAccess, KVCache
+from minimind.native import kernels
 
-Kernel = Literal["dense", "blocks", "varlen"]
-"""dense: SDPA, under a mask where rows are packed. blocks: `block_attention` (CPU). varlen: flash attention (CUDA)."""
+Kernel = Literal["dense", "native", "blocks", "varlen"]
+"""dense: SDPA, under a mask where rows are packed. native: `kernels.attention` (CPU). blocks: `block_attention` (CPU
+without a C++ compiler, or under torch.compile). varlen: flash attention (CUDA)."""
 
 
 _HAS_VARLEN = find_spec("torch.nn.attention.varlen") is not None
@@ -27,12 +29,14 @@ _HAS_VARLEN = find_spec("torch.nn.attention.varlen") is not None
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Who sees whom. Exactly one of `is_causal` (plain causal rows), `buckets`, `lengths` and a mask says it; none of
-    them means that every query sees every key (one new token against a cache)."""
+    """Who sees whom. Exactly one of `is_causal` (plain causal rows), `spans`, `buckets`, `lengths` and a mask says it;
+    none of them means that every query sees every key (one new token against a cache)."""
 
     is_causal: bool = False
     mask: Bool[Tensor, "rows 1 T S"] | None = None
     """Query t sees key s where `mask[b, 0, t, s]`; no row is empty."""
+    spans: Int[Tensor, " documents_and_one"] | None = None
+    """0, then where each document ends in the flat batch."""
     buckets: Buckets | None = None
     lengths: "Lengths | None" = None
     access: CacheAccess | None = None
@@ -48,11 +52,15 @@ class Lengths:
     longest: int
 
 
-def pick_kernel(device: torch.device, dtype: torch.dtype, length: int, *, is_packed: bool, dropout: float) -> Kernel:
+def pick_kernel(
+    device: torch.device, dtype: torch.dtype, length: int, head_dim: int, *, is_packed: bool, dropout: float
+) -> Kernel:
     """Return the fastest attention without a cache for these tensors (measured on CPU; see `block_attention`)."""
     if dropout:
         return "dense"
     if device.type == "cpu":
+        if head_dim % kernels.HEAD_MULTIPLE == 0 and kernels.usable(device, dtype):
+            return "native"
         return "blocks" if is_packed or dtype != torch.float32 or length >= 320 else "dense"
     is_half = dtype in (torch.bfloat16, torch.float16)
     if not is_packed or not is_half or device.type != "cuda" or not _HAS_VARLEN:
@@ -64,6 +72,8 @@ def pick_kernel(device: torch.device, dtype: torch.dtype, length: int, *, is_pac
 
 def causal(shape: tuple[int, int], kernel: Kernel) -> Layout:
     """Return the layout of B rows of T tokens that are one sequence each."""
+    if kernel == "native":
+        return Layout(spans=torch.arange(shape[0] + 1) * shape[1])
     return Layout(buckets=rows_as_documents(*shape)) if kernel == "blocks" else Layout(is_causal=True)
 
 
@@ -72,6 +82,8 @@ def packed(documents: Int[Tensor, "B T"], kernel: Kernel) -> Layout:
 
     A document is a run of equal numbers. Padding is a document too: it sees only padding, and everything stays finite.
     """
+    if kernel == "native":
+        return Layout(spans=spans_of(documents))
     if kernel == "blocks":
         return Layout(buckets=buckets_of(documents))
     if kernel == "varlen":

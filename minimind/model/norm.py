@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from minimind.native import kernels
+
 
 class RMSNorm(nn.Module):
     """Normalise the last axis by its root mean square, then scale by `weight`; no bias and no mean."""
@@ -13,8 +15,14 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
-        """Return the normalised `x` in its own dtype, also under autocast."""
+    def forward(self, x: Float[Tensor, "*batch D"], *, for_product: bool = False) -> Float[Tensor, "*batch D"]:
+        """Return the normalised `x` in its own dtype, also under autocast.
+
+        `for_product`: in autocast's dtype, where only matrix products read it: rounded once instead of in each of them.
+        """
+        dtype = kernels.product_dtype(x) if for_product else x.dtype
+        if x.requires_grad and kernels.usable(x.device, dtype) and x.dtype == self.weight.dtype == torch.float32:
+            return kernels.rms_norm(x, self.weight, self.eps, dtype)
         wide = x.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (self.weight.float() * normed).to(x.dtype)
+        return (self.weight.float() * normed).to(dtype)

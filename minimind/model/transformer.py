@@ -46,12 +46,12 @@ class Layer(nn.Module):
         real: Bool[Tensor, "B T"] | None,
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, ""] | None]:
         """Return (hidden, balance loss); the loss is None for a dense layer."""
-        hidden = hidden + self._drop(self.self_attn(self.input_layernorm(hidden), cos, sin, arranged))
-        normed = self.post_attention_layernorm(hidden)
+        normed = self.input_layernorm(hidden, for_product=True)
+        hidden = hidden + self._drop(self.self_attn(normed, cos, sin, arranged))
         if isinstance(self.mlp, MixtureOfExperts):
-            update, aux_loss = self.mlp(normed, real)
+            update, aux_loss = self.mlp(self.post_attention_layernorm(hidden), real)  # the router wants float32
         else:
-            update, aux_loss = self.mlp(normed), None
+            update, aux_loss = self.mlp(self.post_attention_layernorm(hidden, for_product=True)), None
         return hidden + self._drop(update), aux_loss
 
     def _drop(self, update: Tensor) -> Tensor:
@@ -188,7 +188,8 @@ class Transformer(nn.Module):
         is_autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if is_autocast else self.model.embed_tokens.weight.dtype
         dropout = self.config.dropout if self.training else 0.0
-        kernel = layout.pick_kernel(device, dtype, length, is_packed=documents is not None, dropout=dropout)
+        head_dim, is_packed = self.config.size_per_head, documents is not None
+        kernel = layout.pick_kernel(device, dtype, length, head_dim, is_packed=is_packed, dropout=dropout)
         if documents is None:
             positions = torch.arange(length, device=device)[None] if positions is None else positions.clamp(min=0)
             return layout.causal((batch, length), kernel), positions, None

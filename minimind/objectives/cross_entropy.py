@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from minimind.batch import Batch, Output
+from minimind.native import kernels
 
 CHUNK = 1024
 """Tokens whose logits exist at one time."""
@@ -56,9 +57,10 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        dtype = kernels.product_dtype(hidden)
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
+        needs_grad = needs_hidden or needs_head
+        of_chunk = _native_chunk if kernels.usable(hidden.device, dtype) else _chunk
         narrow_head = head.to(dtype)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_head = torch.zeros_like(head, dtype=torch.float32) if needs_head else None
@@ -67,18 +69,12 @@ class _Fused(torch.autograd.Function):
         for start in range(0, hidden.shape[0], CHUNK):
             part = slice(start, start + CHUNK)
             x = hidden[part].to(dtype)
-            target, weight = labels[part, None], weights[part, None]  # (n, 1)
-            logits = (x @ narrow_head.T).float()  # (n, V)
-            best, argmax = logits.max(dim=-1, keepdim=True)
-            correct += (weight * (argmax == target)).sum()
-            at_label = logits.gather(1, target)
-            exponentials = logits.sub_(best).exp_()
-            normaliser = exponentials.sum(-1, keepdim=True)
-            loss_sum += (weight * (normaliser.log() + best - at_label)).sum()
-            if not (needs_hidden or needs_head):
+            logits = x @ narrow_head.T  # (n, V)
+            losses, hits, grad = of_chunk(logits, labels[part], weights[part], needs_grad=needs_grad)
+            loss_sum += losses.sum()
+            correct += hits.sum()
+            if not needs_grad:
                 continue
-            # d loss / d logits = w (softmax - onehot)
-            grad = exponentials.mul_(weight / normaliser).scatter_add_(1, target, -weight)
             grad = grad.to(dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = grad @ narrow_head
@@ -98,3 +94,24 @@ class _Fused(torch.autograd.Function):
         if grad_head is not None:
             grad_head = (grad_head * upstream).to(ctx.head_dtype)
         return grad_hidden, grad_head, None, None
+
+
+def _chunk(logits: Tensor, labels: Tensor, weights: Tensor, *, needs_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (losses, weights where the label is the likeliest, d loss / d logits = w (softmax - onehot))."""
+    logits, target, weight = logits.float(), labels[:, None], weights[:, None]  # (n, V), (n, 1), (n, 1)
+    best, argmax = logits.max(dim=-1, keepdim=True)
+    at_label = logits.gather(1, target)
+    exponentials = logits.sub_(best).exp_()
+    normaliser = exponentials.sum(-1, keepdim=True)
+    losses = weight * (normaliser.log() + best - at_label)
+    if needs_grad:
+        exponentials.mul_(weight / normaliser).scatter_add_(1, target, -weight)
+    return losses, weight * (argmax == target), exponentials
+
+
+def _native_chunk(
+    logits: Tensor, labels: Tensor, weights: Tensor, *, needs_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `_chunk` returns, in one pass over each row and with the gradient in place of the logits."""
+    losses, hits = kernels.cross_entropy_(logits, labels, weights, needs_grad=needs_grad)
+    return losses, hits, logits

@@ -1,0 +1,607 @@
+// What lies between the matrix products of a training step on a CPU: RMSNorm, SwiGLU, cross-entropy, and attention inside
+// documents, each forward and backward in one pass over memory. `kernels.py` builds this file and calls it; every kernel
+// has its definition in PyTorch, and `tests/native/` holds the two together.
+//
+// Arithmetic is float32; tensors are float32 or bfloat16 (`T`). Vectors are the compiler's own (16 floats, which it cuts to
+// what the processor has), so nothing here needs a certain processor; where AVX512-BF16 is there, its dot product is used.
+// Work is split among OpenMP's threads by rows or by documents. A thread's sums have a fixed order, so the same number of
+// threads gives the same bits.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+#if defined(_OPENMP)
+#include <omp.h>
+#else
+static int omp_get_max_threads() { return 1; }
+static int omp_get_thread_num() { return 0; }
+#endif
+
+namespace {
+
+// -- vectors -----------------------------------------------------------------------------------------------------------
+
+constexpr int64_t W = 16;  // lanes
+
+using Floats = float __attribute__((vector_size(4 * W)));
+using Ints = int32_t __attribute__((vector_size(4 * W)));
+using Words = uint32_t __attribute__((vector_size(4 * W)));
+using Halves = uint16_t __attribute__((vector_size(2 * W)));
+struct bfloat16 {
+  uint16_t bits;
+};
+
+inline Floats all(float x) { return Floats{} + x; }
+
+template <class To, class From>
+inline To bits_of(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To result;
+  std::memcpy(&result, &x, sizeof result);
+  return result;
+}
+
+inline Halves narrow(Floats x) {  // to the nearest, ties to even; a NaN stays one
+  Words u = bits_of<Words>(x);
+  Words rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  return __builtin_convertvector(x == x ? rounded : Words{} + 0x7fc0, Halves);
+}
+
+inline Floats load(const float* p) {
+  Floats x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+inline Floats load(const bfloat16* p) {
+  Halves x;
+  std::memcpy(&x, p, sizeof x);
+  return bits_of<Floats>(__builtin_convertvector(x, Words) << 16);
+}
+inline void store(float* p, Floats x) { std::memcpy(p, &x, sizeof x); }
+inline void store(bfloat16* p, Floats x) {
+  Halves half = narrow(x);
+  std::memcpy(p, &half, sizeof half);
+}
+
+// The last, incomplete vector of a row: `count` numbers, the other lanes `fill`.
+template <class T>
+inline Floats load_part(const T* p, int64_t count, float fill) {
+  T padded[W] = {};
+  std::memcpy(padded, p, count * sizeof(T));
+  Floats x = load(padded);
+  for (int64_t i = count; i < W; i++) x[i] = fill;
+  return x;
+}
+template <class T>
+inline void store_part(T* p, int64_t count, Floats x) {
+  T padded[W];
+  store(padded, x);
+  std::memcpy(p, padded, count * sizeof(T));
+}
+
+// Calls f(i, get, put) for each vector of a row, where get(p) reads p[i ...] and put(p, x) writes there.
+template <class F>
+inline void each(int64_t size, F f) {
+  int64_t i = 0;
+  for (; i + W <= size; i += W)
+    f(i, [i](auto* p, float = 0) { return load(p + i); }, [i](auto* p, Floats x) { store(p + i, x); });
+  if (int64_t count = size - i)
+    f(i, [=](auto* p, float fill = 0) { return load_part(p + i, count, fill); },
+      [=](auto* p, Floats x) { store_part(p + i, count, x); });
+}
+
+inline float sum(Floats x) {
+  float total = 0;
+  for (int64_t i = 0; i < W; i++) total += x[i];
+  return total;
+}
+inline float largest(Floats x) {
+  float best = x[0];
+  for (int64_t i = 1; i < W; i++) best = x[i] > best ? x[i] : best;
+  return best;
+}
+
+// e^x to about one unit in the last place: 2^n e^r with |r| <= ln(2) / 2; 0 below the smallest normal number. NaN stays.
+inline Floats exponential(Floats x) {
+  x = x > 88.0f ? all(88.0f) : x;
+  Floats clamped = x < -87.0f ? all(-87.0f) : x;
+  Floats shifted = clamped * 1.44269504f + 12582912.0f;  // the nearest integer stands in the low bits
+  Floats n = shifted - 12582912.0f;
+  Floats r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
+  Floats y = all(1.9875691500e-4f);
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * r * r + r + 1.0f;
+  Floats power = bits_of<Floats>((bits_of<Ints>(shifted) << 23) + bits_of<Ints>(y));
+  power = x < -87.0f ? all(0.0f) : power;
+  return x == x ? power : x;
+}
+inline Floats sigmoid(Floats x) { return 1.0f / (1.0f + exponential(-x)); }
+
+// -- RMSNorm -----------------------------------------------------------------------------------------------------------
+
+template <class T>
+void norm_forward(const float* x, const float* weight, T* out, float* scale, int64_t rows, int64_t size, float eps) {
+#pragma omp parallel for
+  for (int64_t row = 0; row < rows; row++) {
+    const float* in = x + row * size;
+    T* to = out + row * size;
+    Floats squares = {};
+    each(size, [&](int64_t, auto get, auto) {
+      Floats v = get(in);
+      squares += v * v;
+    });
+    float factor = 1.0f / std::sqrt(sum(squares) / size + eps);
+    scale[row] = factor;
+    each(size, [&](int64_t, auto get, auto put) { put(to, get(in) * factor * get(weight)); });
+  }
+}
+
+// With n = x * s: grad_x = s (g w - n mean(g w n)), grad_weight = sum over rows of g n. One row of `partial` per thread.
+template <class T>
+void norm_backward(const T* grad, const float* x, const float* weight, const float* scale, float* grad_x, float* partial,
+                   int64_t rows, int64_t size) {
+#pragma omp parallel
+  {
+    float* own = partial + omp_get_thread_num() * size;
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+      const float* in = x + row * size;
+      const T* up = grad + row * size;
+      float* to = grad_x + row * size;
+      float s = scale[row];
+      Floats dots = {};
+      each(size, [&](int64_t, auto get, auto put) {
+        Floats g = get(up), n = get(in) * s;
+        put(own, get(own) + g * n);
+        dots += g * get(weight) * n;
+      });
+      float mean = sum(dots) / size;
+      each(size, [&](int64_t, auto get, auto put) { put(to, s * (get(up) * get(weight) - get(in) * s * mean)); });
+    }
+  }
+}
+
+// -- SwiGLU ------------------------------------------------------------------------------------------------------------
+
+// A row of `gate_up` holds the gates, then the ups.
+template <class T>
+void swiglu_forward(const T* gate_up, T* out, int64_t rows, int64_t size) {
+#pragma omp parallel for
+  for (int64_t row = 0; row < rows; row++) {
+    const T *gates = gate_up + 2 * row * size, *ups = gates + size;
+    T* to = out + row * size;
+    each(size, [&](int64_t, auto get, auto put) {
+      Floats gate = get(gates);
+      put(to, gate * sigmoid(gate) * get(ups));
+    });
+  }
+}
+
+template <class T>
+void swiglu_backward(const T* grad, const T* gate_up, T* grad_gate_up, int64_t rows, int64_t size) {
+#pragma omp parallel for
+  for (int64_t row = 0; row < rows; row++) {
+    const T *gates = gate_up + 2 * row * size, *ups = gates + size, *from = grad + row * size;
+    T *to_gates = grad_gate_up + 2 * row * size, *to_ups = to_gates + size;
+    each(size, [&](int64_t, auto get, auto put) {
+      Floats gate = get(gates), up = get(ups), g = get(from), s = sigmoid(gate);
+      put(to_gates, g * up * s * (1.0f + gate * (1.0f - s)));
+      put(to_ups, g * gate * s);
+    });
+  }
+}
+
+// -- cross-entropy -----------------------------------------------------------------------------------------------------
+
+// losses[row] = weight * -log softmax(logits)[label]; hits[row] = weight where the label is the (first) largest. Where
+// `has_grad`, the row of logits becomes its gradient: weight * (softmax - onehot).
+template <class T>
+void cross_entropy(T* logits, const int64_t* labels, const float* weights, float* losses, float* hits, int64_t rows,
+                   int64_t size, bool has_grad) {
+#pragma omp parallel
+  {
+    std::vector<float> exponentials(size);
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+      T* own = logits + row * size;
+      float* e = exponentials.data();
+      int64_t label = labels[row];
+      float weight = weights[row];
+      Floats highest = all(-INFINITY), total = {};
+      each(size, [&](int64_t, auto get, auto) {
+        Floats v = get(own, -INFINITY);
+        highest = v > highest ? v : highest;
+      });
+      float best = largest(highest), at_label = load_part(own + label, 1, 0)[0];
+      each(size, [&](int64_t, auto get, auto put) {
+        Floats v = exponential(get(own, -INFINITY) - best);
+        total += v;
+        put(e, v);
+      });
+      float normaliser = sum(total);
+      losses[row] = weight * (std::log(normaliser) + best - at_label);
+      bool is_hit = at_label == best;
+      for (int64_t i = 0; is_hit && i < label; i++) is_hit = load_part(own + i, 1, 0)[0] != best;
+      hits[row] = is_hit ? weight : 0;
+      if (!has_grad) continue;
+      float factor = weight / normaliser;
+      float label_grad = factor * e[label] - weight;
+      each(size, [&](int64_t, auto get, auto put) { put(own, get(e) * factor); });
+      store_part(own + label, 1, all(label_grad));
+    }
+  }
+}
+
+// -- small matrix products, for attention --------------------------------------------------------------------------------
+
+// Operands lie in units of 32 bits along the summed axis: 1 float32, or 2 bfloat16. The left one is rows of units; the right
+// one is panels of 16 columns, [units][16], so that it is read in one stream.
+template <class T>
+constexpr int64_t PER_UNIT = 4 / sizeof(T);
+
+inline Floats add_dot(Floats sum, uint32_t left, Words right, float) {
+  return sum + bits_of<float>(left) * bits_of<Floats>(right);
+}
+inline Floats add_dot(Floats sum, uint32_t left, Words right, bfloat16) {
+#if defined(__AVX512BF16__)
+  return (Floats)_mm512_dpbf16_ps((__m512)sum, bits_of<__m512bh>(right), bits_of<__m512bh>(Words{} + left));
+#else
+  sum += bits_of<float>(left << 16) * bits_of<Floats>(right << 16);
+  return sum + bits_of<float>(left & 0xffff0000u) * bits_of<Floats>(right & 0xffff0000u);
+#endif
+}
+
+constexpr int64_t ROWS = 8;  // of one tile: with two panels, 16 sums stay in registers
+
+template <class T, int64_t PANELS>
+inline void tile(const uint32_t* left, int64_t left_stride, const uint32_t* right, int64_t panel, float* out,
+                 int64_t out_stride, int64_t units, bool is_added) {
+  Floats sums[ROWS][PANELS];
+  for (int64_t r = 0; r < ROWS; r++)
+    for (int64_t p = 0; p < PANELS; p++) sums[r][p] = is_added ? load(out + r * out_stride + p * W) : Floats{};
+  for (int64_t u = 0; u < units; u++) {
+    Words columns[PANELS];
+    for (int64_t p = 0; p < PANELS; p++) std::memcpy(&columns[p], right + p * panel + u * W, sizeof(Words));
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+      for (int64_t p = 0; p < PANELS; p++) sums[r][p] = add_dot(sums[r][p], left[r * left_stride + u], columns[p], T{});
+  }
+  for (int64_t r = 0; r < ROWS; r++)
+    for (int64_t p = 0; p < PANELS; p++) store(out + r * out_stride + p * W, sums[r][p]);
+}
+
+// out (rows, 16 * panels) = or += left (rows, units) times right; rows are a multiple of 8, `panel` words apart.
+template <class T>
+void product(const uint32_t* left, int64_t left_stride, const uint32_t* right, int64_t panel, float* out,
+             int64_t out_stride, int64_t rows, int64_t panels, int64_t units, bool is_added) {
+  int64_t p = 0;
+  for (; p + 2 <= panels; p += 2)
+    for (int64_t r = 0; r < rows; r += ROWS)
+      tile<T, 2>(left + r * left_stride, left_stride, right + p * panel, panel, out + r * out_stride + p * W, out_stride,
+                 units, is_added);
+  if (p < panels)
+    for (int64_t r = 0; r < rows; r += ROWS)
+      tile<T, 1>(left + r * left_stride, left_stride, right + p * panel, panel, out + r * out_stride + p * W, out_stride,
+                 units, is_added);
+}
+
+// Three ways of writing float32 rows as operands. `rows` of the first axis, `size` (a multiple of 16) of the second.
+inline uint32_t pair(float first, float second) {
+  Floats both = {first, second};
+  Halves half = narrow(both);
+  return half[0] | uint32_t(half[1]) << 16;
+}
+
+// Units along the second axis, as they lie: a left operand.
+template <class T>
+void as_rows(const float* from, int64_t stride, uint32_t* to, int64_t to_stride, int64_t rows, int64_t size) {
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t i = 0; i < size; i += W) store((T*)(to + r * to_stride) + i, load(from + r * stride + i));
+}
+
+// Units along the first axis, 16 lanes of the second: a right operand. An odd last row meets zeros.
+template <class T>
+void as_panels(const float* from, int64_t stride, uint32_t* to, int64_t panel, int64_t rows, int64_t size) {
+  for (int64_t r = 0; r < rows; r += PER_UNIT<T>)
+    for (int64_t i = 0; i < size; i += W) {
+      Words units;
+      Floats first = load(from + r * stride + i);
+      if constexpr (PER_UNIT<T> == 1) {
+        units = bits_of<Words>(first);
+      } else {
+        Floats second = r + 1 < rows ? load(from + (r + 1) * stride + i) : Floats{};
+        units = __builtin_convertvector(narrow(first), Words) | __builtin_convertvector(narrow(second), Words) << 16;
+      }
+      std::memcpy(to + i / W * panel + r / PER_UNIT<T> * W, &units, sizeof units);
+    }
+}
+
+// The transpose of up to 16 rows in units along the second axis: lane = row, a right operand's panel.
+template <class T>
+void as_turned_panel(const float* from, int64_t stride, uint32_t* to, int64_t rows, int64_t size) {
+  for (int64_t i = 0; i < size; i += PER_UNIT<T>)
+    for (int64_t r = 0; r < W; r++) {
+      const float* at = from + r * stride + i;
+      to[i / PER_UNIT<T> * W + r] = r >= rows ? 0 : PER_UNIT<T> == 1 ? bits_of<uint32_t>(at[0]) : pair(at[0], at[1]);
+    }
+}
+
+// The rows' transpose in units along the first axis: a left operand whose rows are the columns of `from`.
+template <class T>
+void as_turned_rows(const float* from, int64_t stride, uint32_t* to, int64_t to_stride, int64_t rows, int64_t size) {
+  for (int64_t r = 0; r < rows; r += PER_UNIT<T>)
+    for (int64_t i = 0; i < size; i++) {
+      const float* at = from + r * stride + i;
+      to[i * to_stride + r / PER_UNIT<T>] = PER_UNIT<T> == 1 ? bits_of<uint32_t>(at[0]) : pair(at[0], at[stride]);
+    }
+}
+
+// -- attention ---------------------------------------------------------------------------------------------------------
+
+struct Shape {
+  int64_t heads, kv_heads, size, angle_rows;  // size of a head: a multiple of 16
+  int64_t width() const { return (heads + 2 * kv_heads) * size; }
+};
+
+constexpr int64_t BLOCK = 64;  // queries whose probabilities exist at one time in the backward
+
+int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Memory that a thread keeps between calls; `take` hands out the next piece, on a cache line's boundary.
+struct Scratch {
+  std::vector<Words> lines;
+  int64_t used = 0;
+  void begin(int64_t words) {
+    if (int64_t(lines.size()) * W < words) lines.resize(words / W);
+    used = 0;
+  }
+  template <class N>
+  N* take(int64_t words) {
+    N* piece = (N*)((uint32_t*)lines.data() + used);
+    used += up_to(words, W);
+    return piece;
+  }
+};
+thread_local Scratch scratch;
+
+// The pair (i, i + size / 2) of a head turned by the angle of its token; `sign` -1 turns back, which is the gradient.
+template <class From, class To>
+void rotate(const From* from, const float* cos, const float* sin, int64_t token, float sign, To* to, const Shape& shape) {
+  int64_t half = shape.size / 2, row = token % shape.angle_rows * half;
+  each(half, [&](int64_t, auto get, auto put) {
+    Floats first = get(from), second = get(from + half), c = get(cos + row), s = get(sin + row) * sign;
+    put(to, first * c - second * s);
+    put(to + half, second * c + first * s);
+  });
+}
+
+// `count` rows of head `head` from token `first` on, in float32, rotated where there are angles; zeros up to `padded` rows.
+template <class T>
+void read_head(const T* from, int64_t stride, int64_t head, int64_t first, int64_t count, int64_t padded, const float* cos,
+               const float* sin, float* to, const Shape& shape) {
+  for (int64_t r = 0; r < count; r++) {
+    const T* row = from + (first + r) * stride + head * shape.size;
+    if (cos) rotate(row, cos, sin, first + r, 1, to + r * shape.size, shape);
+    else each(shape.size, [&](int64_t, auto get, auto put) { put(to + r * shape.size, get(row)); });
+  }
+  std::fill(to + count * shape.size, to + padded * shape.size, 0.0f);
+}
+
+template <class T>
+void as_turned_panels(const float* from, uint32_t* to, int64_t rows, int64_t size) {
+  for (int64_t r = 0; r < rows; r += W)
+    as_turned_panel<T>(from + r * size, size, to + r / W * (size / PER_UNIT<T> * W), W, size);
+}
+
+// Scores -> e^(scale (score - largest)) of the first `valid`, zeros up to `width`; returns their sum.
+float exponentials(float* row, int64_t valid, int64_t width, float scale) {
+  std::fill(row + valid, row + width, -INFINITY);
+  Floats highest = all(-INFINITY), total = {};
+  for (int64_t i = 0; i < width; i += W) {
+    Floats v = load(row + i);
+    highest = v > highest ? v : highest;
+  }
+  float best = largest(highest);
+  for (int64_t i = 0; i < width; i += W) {
+    Floats v = exponential((load(row + i) - best) * scale);
+    total += v;
+    store(row + i, v);
+  }
+  return sum(total);
+}
+
+int64_t longest_of(const int64_t* spans, int64_t documents) {
+  int64_t longest = 0;
+  for (int64_t d = 0; d < documents; d++) longest = std::max(longest, spans[d + 1] - spans[d]);
+  return up_to(longest, W);
+}
+
+// A row of `qkv` holds the query heads, the key heads, the value heads of a token. Document d is tokens spans[d] up to
+// spans[d + 1]; each query sees the keys of its document up to its own.
+template <class T>
+void attention_forward(const T* qkv, const float* cos, const float* sin, const int64_t* spans, T* out, int64_t documents,
+                       Shape shape) {
+  const int64_t size = shape.size, group = shape.heads / shape.kv_heads, units = size / PER_UNIT<T>;
+  const int64_t longest = longest_of(spans, documents);
+  const float scale = 1 / std::sqrt(float(size));
+#pragma omp parallel for schedule(dynamic)
+  for (int64_t item = 0; item < documents * shape.kv_heads; item++) {
+    scratch.begin(longest * (3 * size + 2 * ROWS) + 3 * ROWS * size + 8 * W);
+    float* rows = scratch.take<float>(longest * size);
+    uint32_t* keys = scratch.take<uint32_t>(longest * size);
+    uint32_t* values = scratch.take<uint32_t>(longest * size);
+    float* scores = scratch.take<float>(ROWS * longest);
+    uint32_t* probabilities = scratch.take<uint32_t>(ROWS * longest);
+    float* queries = scratch.take<float>(ROWS * size);
+    uint32_t* left = scratch.take<uint32_t>(ROWS * size);
+    float* result = scratch.take<float>(ROWS * size);
+
+    const int64_t head = item % shape.kv_heads, begin = spans[item / shape.kv_heads];
+    const int64_t length = spans[item / shape.kv_heads + 1] - begin, padded = up_to(length, W);
+    const int64_t along = padded / PER_UNIT<T>;  // units along the keys
+    read_head(qkv, shape.width(), shape.heads + head, begin, length, padded, cos, sin, rows, shape);
+    as_turned_panels<T>(rows, keys, padded, size);
+    read_head(qkv, shape.width(), shape.heads + shape.kv_heads + head, begin, length, padded, nullptr, nullptr, rows, shape);
+    as_panels<T>(rows, size, values, along * W, padded, size);
+    for (int64_t h = head * group; h < (head + 1) * group; h++)
+      for (int64_t first = 0; first < length; first += ROWS) {
+        const int64_t count = std::min(ROWS, length - first), width = up_to(first + count, W);
+        read_head(qkv, shape.width(), h, begin + first, count, ROWS, cos, sin, queries, shape);
+        as_rows<T>(queries, size, left, units, ROWS, size);
+        product<T>(left, units, keys, units * W, scores, width, ROWS, width / W, units, false);
+        float sums[ROWS];
+        for (int64_t r = 0; r < ROWS; r++)
+          sums[r] = exponentials(scores + r * width, std::min(first + r + 1, length), width, scale);
+        as_rows<T>(scores, width, probabilities, along, ROWS, width);
+        product<T>(probabilities, along, values, along * W, result, size, ROWS, size / W, width / PER_UNIT<T>, false);
+        for (int64_t r = 0; r < count; r++) {
+          T* to = out + (begin + first + r) * shape.heads * size + h * size;
+          for (int64_t i = 0; i < size; i += W) store(to + i, load(result + r * size + i) / sums[r]);
+        }
+      }
+  }
+}
+
+// With P the probabilities and U the upstream gradient of a head: dV = P^T U; dP = U V^T; dS = scale P (dP - rowsum(P dP));
+// dQ = dS K; dK = dS^T Q. P is computed anew, a block of queries at a time; dK and dV are summed turned, (size, keys).
+template <class T>
+void attention_backward(const T* upstream, const T* qkv, const float* cos, const float* sin, const int64_t* spans, T* grad,
+                        int64_t documents, Shape shape) {
+  const int64_t size = shape.size, group = shape.heads / shape.kv_heads, units = size / PER_UNIT<T>;
+  const int64_t across = BLOCK / PER_UNIT<T>;  // units along a block's queries
+  const int64_t longest = longest_of(spans, documents);
+  const float scale = 1 / std::sqrt(float(size));
+#pragma omp parallel for schedule(dynamic)
+  for (int64_t item = 0; item < documents * shape.kv_heads; item++) {
+    scratch.begin(longest * (7 * size + 3 * ROWS + 2 * BLOCK) + 6 * BLOCK * size + ROWS * size + 20 * W);
+    float* key_rows = scratch.take<float>(longest * size);
+    float* value_rows = scratch.take<float>(longest * size);
+    uint32_t* turned_keys = scratch.take<uint32_t>(longest * size);
+    uint32_t* turned_values = scratch.take<uint32_t>(longest * size);
+    uint32_t* keys = scratch.take<uint32_t>(longest * size);
+    float* grad_k = scratch.take<float>(longest * size);
+    float* grad_v = scratch.take<float>(longest * size);
+    float* p = scratch.take<float>(ROWS * longest);
+    float* s = scratch.take<float>(ROWS * longest);
+    uint32_t* s_rows = scratch.take<uint32_t>(ROWS * longest);
+    uint32_t* p_panels = scratch.take<uint32_t>(BLOCK * longest);
+    uint32_t* s_panels = scratch.take<uint32_t>(BLOCK * longest);
+    float* queries = scratch.take<float>(BLOCK * size);
+    float* ups = scratch.take<float>(BLOCK * size);
+    uint32_t* query_rows = scratch.take<uint32_t>(BLOCK * size);
+    uint32_t* up_rows = scratch.take<uint32_t>(BLOCK * size);
+    uint32_t* turned_queries = scratch.take<uint32_t>(BLOCK * size);
+    uint32_t* turned_ups = scratch.take<uint32_t>(BLOCK * size);
+    float* grad_q = scratch.take<float>(ROWS * size);
+
+    const int64_t head = item % shape.kv_heads, begin = spans[item / shape.kv_heads];
+    const int64_t length = spans[item / shape.kv_heads + 1] - begin, padded = up_to(length, W);
+    const int64_t along = padded / PER_UNIT<T>, key_head = shape.heads + head, value_head = key_head + shape.kv_heads;
+    read_head(qkv, shape.width(), key_head, begin, length, padded, cos, sin, key_rows, shape);
+    read_head(qkv, shape.width(), value_head, begin, length, padded, nullptr, nullptr, value_rows, shape);
+    as_turned_panels<T>(key_rows, turned_keys, padded, size);
+    as_turned_panels<T>(value_rows, turned_values, padded, size);
+    as_panels<T>(key_rows, size, keys, along * W, padded, size);
+    std::fill(grad_k, grad_k + padded * size, 0.0f);
+    std::fill(grad_v, grad_v + padded * size, 0.0f);
+    for (int64_t h = head * group; h < (head + 1) * group; h++)
+      for (int64_t block = 0; block < length; block += BLOCK) {
+        const int64_t in_block = std::min(BLOCK, length - block), rows = up_to(in_block, ROWS);
+        const int64_t width = up_to(block + in_block, W);
+        read_head(qkv, shape.width(), h, begin + block, in_block, rows, cos, sin, queries, shape);
+        read_head(upstream, shape.heads * size, h, begin + block, in_block, rows, nullptr, nullptr, ups, shape);
+        as_rows<T>(queries, size, query_rows, units, rows, size);
+        as_rows<T>(ups, size, up_rows, units, rows, size);
+        as_turned_rows<T>(queries, size, turned_queries, across, rows, size);
+        as_turned_rows<T>(ups, size, turned_ups, across, rows, size);
+        for (int64_t r0 = 0; r0 < rows; r0 += ROWS) {
+          const int64_t seen = up_to(std::min(block + r0 + ROWS, length), W);
+          product<T>(query_rows + r0 * units, units, turned_keys, units * W, p, width, ROWS, seen / W, units, false);
+          product<T>(up_rows + r0 * units, units, turned_values, units * W, s, width, ROWS, seen / W, units, false);
+          for (int64_t r = 0; r < ROWS; r++) {
+            float *own_p = p + r * width, *own_s = s + r * width;
+            std::fill(own_p + seen, own_p + width, 0.0f);
+            std::fill(own_s + seen, own_s + width, 0.0f);
+            const bool is_real = block + r0 + r < length;
+            const float total = exponentials(own_p, std::min(block + r0 + r + 1, length), seen, scale);
+            const float factor = is_real ? 1 / total : 0;
+            Floats dots = {};
+            for (int64_t i = 0; i < seen; i += W) {
+              Floats v = load(own_p + i) * factor;
+              dots += v * load(own_s + i);
+              store(own_p + i, v);
+            }
+            const float mean = sum(dots);
+            for (int64_t i = 0; i < seen; i += W) store(own_s + i, load(own_p + i) * (load(own_s + i) - mean) * scale);
+          }
+          as_rows<T>(s, width, s_rows, along, ROWS, seen);
+          as_panels<T>(p, width, p_panels + r0 / PER_UNIT<T> * W, across * W, ROWS, width);
+          as_panels<T>(s, width, s_panels + r0 / PER_UNIT<T> * W, across * W, ROWS, width);
+          product<T>(s_rows, along, keys, along * W, grad_q, size, ROWS, size / W, seen / PER_UNIT<T>, false);
+          for (int64_t r = 0; r < ROWS && block + r0 + r < length; r++) {
+            const int64_t token = begin + block + r0 + r;
+            rotate(grad_q + r * size, cos, sin, token, -1, grad + token * shape.width() + h * size, shape);
+          }
+        }
+        product<T>(turned_ups, across, p_panels, across * W, grad_v, padded, size, width / W, rows / PER_UNIT<T>, true);
+        product<T>(turned_queries, across, s_panels, across * W, grad_k, padded, size, width / W, rows / PER_UNIT<T>, true);
+      }
+    for (int64_t t = 0; t < length; t++) {
+      float *row_k = queries, *row_v = ups;  // free by now
+      for (int64_t i = 0; i < size; i++) row_k[i] = grad_k[i * padded + t], row_v[i] = grad_v[i * padded + t];
+      T* to = grad + (begin + t) * shape.width();
+      rotate(row_k, cos, sin, begin + t, -1, to + key_head * size, shape);
+      for (int64_t i = 0; i < size; i += W) store(to + value_head * size + i, load(row_v + i));
+    }
+  }
+}
+
+}  // namespace
+
+// -- what kernels.py calls: once for each type ---------------------------------------------------------------------------
+
+#define FOR_TYPE(T)                                                                                                        \
+  void norm_forward_##T(const float* x, const float* weight, T* out, float* scale, int64_t rows, int64_t size, float eps) {  \
+    norm_forward(x, weight, out, scale, rows, size, eps);                                                                  \
+  }                                                                                                                        \
+  void norm_backward_##T(const T* grad, const float* x, const float* weight, const float* scale, float* grad_x,            \
+                         float* partial, int64_t rows, int64_t size) {                                                     \
+    norm_backward(grad, x, weight, scale, grad_x, partial, rows, size);                                                    \
+  }                                                                                                                        \
+  void swiglu_forward_##T(const T* gate_up, T* out, int64_t rows, int64_t size) {                                          \
+    swiglu_forward(gate_up, out, rows, size);                                                                              \
+  }                                                                                                                        \
+  void swiglu_backward_##T(const T* grad, const T* gate_up, T* grad_gate_up, int64_t rows, int64_t size) {                 \
+    swiglu_backward(grad, gate_up, grad_gate_up, rows, size);                                                              \
+  }                                                                                                                        \
+  void cross_entropy_##T(T* logits, const int64_t* labels, const float* weights, float* losses, float* hits, int64_t rows, \
+                         int64_t size, int64_t has_grad) {                                                                 \
+    cross_entropy(logits, labels, weights, losses, hits, rows, size, has_grad != 0);                                       \
+  }                                                                                                                        \
+  void attention_forward_##T(const T* qkv, const float* cos, const float* sin, const int64_t* spans, T* out,               \
+                             int64_t documents, int64_t heads, int64_t kv_heads, int64_t size, int64_t angle_rows) {       \
+    attention_forward(qkv, cos, sin, spans, out, documents, Shape{heads, kv_heads, size, angle_rows});                     \
+  }                                                                                                                        \
+  void attention_backward_##T(const T* upstream, const T* qkv, const float* cos, const float* sin, const int64_t* spans,   \
+                              T* grad, int64_t documents, int64_t heads, int64_t kv_heads, int64_t size,                   \
+                              int64_t angle_rows) {                                                                        \
+    attention_backward(upstream, qkv, cos, sin, spans, grad, documents, Shape{heads, kv_heads, size, angle_rows});         \
+  }
+
+extern "C" {
+using float32 = float;
+FOR_TYPE(float32)
+FOR_TYPE(bfloat16)
+int64_t num_threads() { return omp_get_max_threads(); }
+}
