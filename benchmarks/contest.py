@@ -166,9 +166,11 @@ def timed(action: Action) -> float:
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Return the environment of a process that computes in `threads` threads, whatever library it takes."""
+    """Return the environment of a process that computes in `threads` threads and leaves the network and bars alone."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    return os.environ | dict.fromkeys(names, str(threads)) | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    quiet = {f"HF_{name}_DISABLE_PROGRESS_BARS": "1" for name in ("HUB", "DATASETS")}
+    quiet |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return os.environ | dict.fromkeys(names, str(threads)) | quiet
 
 
 def conditions() -> dict[str, Any]:
