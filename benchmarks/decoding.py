@@ -16,6 +16,8 @@ machine on first use (`apt-get install cmake g++`, some minutes); `--only minimi
 
 import json
 import tempfile
+import zlib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ NEW_TOKENS = {1: 256}
 """Tokens out by number of streams; else `NEW_TOKENS_OF_MANY`."""
 NEW_TOKENS_OF_MANY = 128
 WEIGHT_BYTES = {"fp32": 4.0, "f32": 4.0, "bf16": 2.0, "f16": 2.0, "int8": 1.0, "q8_0": 34 / 32}
+COMPARED_TOKENS = 8
+"""Tokens at the beginning of each answer that must be the same for all float32 contenders."""
 NEAREST_BLOCK = {4.0: 104, 2.0: 52}
 
 
@@ -48,8 +52,8 @@ def ours(task: contest.Task, *, dtype: str) -> contest.Round:
     engine = Engine(model, max_batch_size=rows, max_length=length, dtype=getattr(torch, dtype))
     params = SamplingParams(temperature=0, max_tokens=new_tokens)
 
-    def generate() -> int:
-        return sum(len(answer.ids) for answer in engine.generate(task["prompts"], params))
+    def generate() -> list[list[int]]:
+        return [answer.ids for answer in engine.generate(task["prompts"], params)]
 
     return _round(generate)
 
@@ -67,10 +71,10 @@ def transformers(task: contest.Task, *, dtype: str, is_compiled: bool = False) -
         how |= {"cache_implementation": "static", "compile_config": CompileConfig(fullgraph=False, mode="default")}
         how["compile_config"]._compile_all_devices = True
 
-    def generate() -> int:
+    def generate() -> list[list[int]]:
         with torch.inference_mode():
-            answer = model.generate(prompts, attention_mask=torch.ones_like(prompts), **how)
-        return answer[:, PROMPT_TOKENS:].numel()
+            answers = model.generate(prompts, attention_mask=torch.ones_like(prompts), **how)
+        return answers[:, PROMPT_TOKENS:].tolist()
 
     return _round(generate)
 
@@ -105,13 +109,15 @@ def llama_cpp(task: contest.Task, *, dtype: str) -> contest.Round:
         logits = np.ctypeslib.as_array(lib.llama_get_logits(context), (streams, size))
         return logits.argmax(axis=1).tolist()
 
-    def generate() -> int:
+    def generate() -> list[list[int]]:
         lib.llama_memory_clear(lib.llama_get_memory(context), True)
         last = PROMPT_TOKENS - 1
         put([(token, i, row, i == last) for row, prompt in enumerate(prompts) for i, token in enumerate(prompt)])
+        answers = [likeliest()]
         for position in range(PROMPT_TOKENS, PROMPT_TOKENS + new_tokens - 1):
-            put([(token, position, row, True) for row, token in enumerate(likeliest())])
-        return streams + streams * (new_tokens - 1) if likeliest() else 0
+            put([(token, position, row, True) for row, token in enumerate(answers[-1])])
+            answers.append(likeliest())
+        return [list(answer) for answer in zip(*answers, strict=True)]
 
     return _round(generate)
 
@@ -159,13 +165,20 @@ def write_gguf(folder: Path, dtype: str) -> Path:
     return path
 
 
-def _round(generate: Any) -> contest.Round:
-    """Return a round of `generate`, which returns how many tokens it made."""
-    made: list[int] = []
+def _round(generate: Callable[[], list[list[int]]]) -> contest.Round:
+    """Return a round of `generate`, which returns the new tokens of each stream."""
+    answers: list[list[int]] = []
+
+    def answer() -> None:
+        answers[:] = generate()
 
     def play() -> dict[str, float]:
-        seconds = contest.timed(lambda: made.append(generate()))
-        return {"tokens_per_second": made[-1] / seconds}
+        seconds = contest.timed(answer)
+        beginnings = json.dumps([ids[:COMPARED_TOKENS] for ids in answers])
+        return {
+            "tokens_per_second": sum(map(len, answers)) / seconds,
+            "beginnings_crc": zlib.crc32(beginnings.encode()),
+        }
 
     return play
 
@@ -228,6 +241,8 @@ def main() -> None:
             ceilings = {name: ceiling(name, task["weights"], results["limits"]) for name in results if streams == 1}
             peers = [one.name for one in CONTENDERS if one.is_peer]
             contest.report(title, results, peers, ceilings=ceilings)
+            said = {found.get("beginnings_crc") for name, found in results.items() if name.endswith((" fp32", " f32"))}
+            print("the float32 contenders say", "the same" if len(said) == 1 else f"DIFFERENT THINGS: {said}")
             outcome[f"{streams} streams"] = {"new_tokens": new_tokens, **results}
     contest.write("decoding", outcome)
 
