@@ -29,9 +29,10 @@ _PREFILL_TOKENS = 8192
 class Engine:
     """Decodes with `model` in up to `max_batch_size` rows of `max_length` positions (prompt and answer).
 
-    `device` moves the model there; `dtype` is what products and the cache use (default: the parameters'). `native`
-    False keeps everything in PyTorch (see `inference.native`). The weights may be trained whenever no request is
-    running, since a running one has keys and values of the old ones; no gradients are recorded.
+    `device` moves the model there. `dtype` is what products and the cache use (default: the parameters'): float32,
+    bfloat16, float16, or int8 for the native step's weights. `native` False keeps everything in PyTorch (see
+    `inference.native`). The weights may be trained whenever no request is running, since a running one has keys and
+    values of the old ones; no gradients are recorded.
     """
 
     def __init__(

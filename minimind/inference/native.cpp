@@ -6,8 +6,8 @@
 //
 // Decoding reads every weight once per step and computes little with it, so memory sets the pace. Three things follow:
 //   * Weights lie in panels, in the order in which they are read: one stream, no jumps. A panel is WIDTH outputs,
-//     [units of inputs][WIDTH], where a unit is 32 bits: 1 float32 or 2 bfloat16 inputs. It is read once for all rows,
-//     and meets up to ROWS of them at a time in registers.
+//     [units of inputs][WIDTH], where a unit is 32 bits: 1 float32, 2 bfloat16 or 4 int8 inputs. It is read once for all
+//     rows, and meets up to ROWS of them at a time in registers.
 //   * Every width is rounded up to whole panels. Padding is zero, so it changes no sum, and no loop needs a remainder.
 //   * All threads walk through the step together, each with its share of the panels; `team.meet()` stands where one
 //     needs what the others wrote. What costs next to nothing (norms) each computes for itself.
@@ -51,7 +51,8 @@ struct Model {
   const float *cos, *sin;  // (positions, head_dim / 2)
   void *keys, *values;     // (layers, max_rows, kv_heads, slots, head_dim)
   int64_t num_layers, hidden, heads, kv_heads, head_dim, max_rows, slots;
-  int64_t has_bfloat16_weights, has_bfloat16_cache;  // else float32
+  int64_t inputs_per_unit;     // of the weights: 1 float32, 2 bfloat16, 4 int8
+  int64_t has_bfloat16_cache;  // else float32
   float eps;
 };
 }
@@ -122,13 +123,16 @@ void store(BFloat* to, float x) { *to = rounded(x); }
 float sum(Floats v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps(bits<__m512>(v));
-#endif
+#else
   float lanes[LANES];
   store(lanes, v);
   for (int half = LANES / 2; half; half /= 2)
     for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
   return lanes[0];
+#endif
 }
+
+constexpr float TO_WHOLE = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to a whole number, its lowest bits
 
 // e^x to 3e-7 of itself, x held inside [-87, 88]: 2^n through the exponent's bits, times a Taylor polynomial in the rest,
 // which is at most ln(2) / 2.
@@ -136,8 +140,7 @@ Floats exponential(Floats x) {
   const Floats lowest = Floats{} - 87.0f, highest = Floats{} + 88.0f;
   x = x < lowest ? lowest : x;
   x = x > highest ? highest : x;
-  const float to_whole = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to a whole number
-  const Floats n = (x * 1.44269504f + to_whole) - to_whole;
+  const Floats n = (x * 1.44269504f + TO_WHOLE) - TO_WHOLE;
   const Floats rest = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln(2) in two parts: the first product is exact
   Floats power = Floats{} + 1.0f / 5040;
   for (const float coefficient : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 1.0f / 2, 1.0f, 1.0f})
@@ -145,17 +148,30 @@ Floats exponential(Floats x) {
   return bits<Floats>(bits<Ints>(power) + (__builtin_convertvector(n, Ints) << 23));
 }
 
-// -- the formats of a weight: how a unit of weights meets a unit of inputs, and how inputs become units -----------------
+// -- the formats of a weight --------------------------------------------------------------------------------------------
+
+// How weights and inputs become units, how the two meet, and how a sum starts and ends. A panel and a row of inputs may
+// begin with a HEADER, of so many units per output and per row.
 
 struct Float32 {
-  static constexpr int64_t INPUTS = 1;  // per unit
-  static Floats add(Floats sum, Units w, uint32_t x) { return sum + bits<Floats>(w) * bits<float>(x); }
-  static void pack(const float* x, int64_t units, uint32_t* to) { std::memcpy(to, x, 4 * units); }
+  using Sum = Floats;
+  static constexpr int64_t INPUTS = 1, HEADER = 0;  // inputs per unit
+  static void pack_weights(const float* w, int64_t units, uint32_t* to) { std::memcpy(to, w, 4 * units); }
+  static void pack_inputs(const float* x, int64_t units, uint32_t* to) { std::memcpy(to, x, 4 * units); }
+  static Sum start(const uint32_t*) { return Sum{}; }
+  static Sum add(Sum sum, Units w, uint32_t x) { return sum + bits<Floats>(w) * bits<float>(x); }
+  static Floats end(Sum sum, const uint32_t*, const uint32_t*) { return sum; }
 };
 
 struct BFloat16 {
-  static constexpr int64_t INPUTS = 2;
-  static Floats add(Floats sum, Units w, uint32_t x) {
+  using Sum = Floats;
+  static constexpr int64_t INPUTS = 2, HEADER = 0;
+  static void pack_weights(const float* w, int64_t units, uint32_t* to) { pack_inputs(w, units, to); }
+  static void pack_inputs(const float* x, int64_t units, uint32_t* to) {
+    for (int64_t i = 0; i < units; i++) to[i] = rounded(x[2 * i]).upper | uint32_t(rounded(x[2 * i + 1]).upper) << 16;
+  }
+  static Sum start(const uint32_t*) { return Sum{}; }
+  static Sum add(Sum sum, Units w, uint32_t x) {
 #if defined(__AVX512BF16__)
     return bits<Floats>(_mm512_dpbf16_ps(bits<__m512>(sum), bits<__m512bh>(w), bits<__m512bh>(Units{} + x)));
 #else
@@ -163,8 +179,51 @@ struct BFloat16 {
     return sum + bits<Floats>(w & 0xffff0000u) * bits<float>(x & 0xffff0000u);
 #endif
   }
-  static void pack(const float* x, int64_t units, uint32_t* to) {
-    for (int64_t i = 0; i < units; i++) to[i] = rounded(x[2 * i]).upper | uint32_t(rounded(x[2 * i + 1]).upper) << 16;
+  static Floats end(Sum sum, const uint32_t*, const uint32_t*) { return sum; }
+};
+
+// Whole numbers from -127 to 127, times a scale of their own for each output and for each row of inputs. Processors
+// multiply signed by unsigned bytes, so inputs are kept 128 too large, and sums start by what that will add too much.
+struct Int8 {
+  using Sum = Ints;
+  static constexpr int64_t INPUTS = 4, HEADER = 2;  // scale, start
+
+  static void pack_weights(const float* w, int64_t units, uint32_t* to) {
+    auto* bytes = reinterpret_cast<int8_t*>(to + HEADER);
+    const float scale = quantise(w, 4 * units, reinterpret_cast<uint8_t*>(bytes), 0);
+    int32_t total = 0;
+    for (int64_t i = 0; i < 4 * units; i++) total += bytes[i];
+    to[0] = bits<uint32_t>(scale);
+    to[1] = bits<uint32_t>(-128 * total);
+  }
+
+  static void pack_inputs(const float* x, int64_t units, uint32_t* to) {
+    to[0] = bits<uint32_t>(quantise(x, 4 * units, reinterpret_cast<uint8_t*>(to + HEADER), 128));
+  }
+
+  static Sum start(const uint32_t* header) { return load<Ints>(header + WIDTH); }
+
+  static Sum add(Sum sum, Units w, uint32_t x) {
+#if defined(__AVX512VNNI__)
+    return bits<Ints>(_mm512_dpbusd_epi32(bits<__m512i>(sum), bits<__m512i>(Units{} + x), bits<__m512i>(w)));
+#else
+    for (int byte = 0; byte < 4; byte++)
+      sum += (bits<Ints>(w << (24 - 8 * byte)) >> 24) * int32_t(x >> 8 * byte & 255);
+    return sum;
+#endif
+  }
+
+  static Floats end(Sum sum, const uint32_t* header, const uint32_t* x) {
+    return __builtin_convertvector(sum, Floats) * (load<Floats>(header) * bits<float>(x[0]));
+  }
+
+  // Writes round(x / scale) + shift; returns the scale that makes the largest 127.
+  static float quantise(const float* x, int64_t count, uint8_t* to, int shift) {
+    float largest = 0;
+    for (int64_t i = 0; i < count; i++) largest = std::max(largest, std::fabs(x[i]));
+    const float inverse = largest > 0 ? 127 / largest : 0;
+    for (int64_t i = 0; i < count; i++) to[i] = uint8_t(bits<uint32_t>(x[i] * inverse + TO_WHOLE) + shift);
+    return largest / 127;
   }
 };
 
@@ -249,18 +308,23 @@ enum Write { SET, ADD };
 // A panel times `rows` rows: 2 * rows vectors of sums stay in registers while the panel streams past.
 template <class Format, int rows>
 void tile(const uint32_t* panel, int64_t units, const uint32_t* x, float* out, int64_t stride, Write write) {
-  Floats sums[rows][2] = {};
+  const int64_t x_stride = Format::HEADER + units;
+  const uint32_t *weights = panel + Format::HEADER * WIDTH, *inputs = x + Format::HEADER;
+  typename Format::Sum sums[rows][2];
+  for (int row = 0; row < rows; row++)
+    for (int half = 0; half < 2; half++) sums[row][half] = Format::start(panel + half * LANES);
   for (int64_t unit = 0; unit < units; unit++) {
-    const Units left = load<Units>(panel + unit * WIDTH), right = load<Units>(panel + unit * WIDTH + LANES);
+    const Units left = load<Units>(weights + unit * WIDTH), right = load<Units>(weights + unit * WIDTH + LANES);
     for (int row = 0; row < rows; row++) {
-      sums[row][0] = Format::add(sums[row][0], left, x[row * units + unit]);
-      sums[row][1] = Format::add(sums[row][1], right, x[row * units + unit]);
+      sums[row][0] = Format::add(sums[row][0], left, inputs[row * x_stride + unit]);
+      sums[row][1] = Format::add(sums[row][1], right, inputs[row * x_stride + unit]);
     }
   }
   for (int row = 0; row < rows; row++)
     for (int half = 0; half < 2; half++) {
       float* to = out + row * stride + half * LANES;
-      store(to, write == ADD ? load<Floats>(to) + sums[row][half] : sums[row][half]);
+      const Floats result = Format::end(sums[row][half], panel + half * LANES, x + row * x_stride);
+      store(to, write == ADD ? load<Floats>(to) + result : result);
     }
 }
 
@@ -292,7 +356,7 @@ class Step {
         team_(threads) {
     for (Desk& desk : desks_) {
       desk.normed.resize(hidden_width_);
-      desk.units.resize(model.max_rows * std::max({hidden_width_, heads_width_, inner_width_}));
+      desk.units.resize(model.max_rows * (2 + std::max({hidden_width_, heads_width_, inner_width_})));
       desk.scores.resize(HEADS * padded(model.slots));
     }
   }
@@ -310,10 +374,14 @@ class Step {
   };
 
   void start(int thread) {
-    if (model_.has_bfloat16_weights)
-      model_.has_bfloat16_cache ? walk<BFloat16, BFloat>(thread) : walk<BFloat16, float>(thread);
-    else
-      model_.has_bfloat16_cache ? walk<Float32, BFloat>(thread) : walk<Float32, float>(thread);
+    if (model_.inputs_per_unit == Float32::INPUTS) start<Float32>(thread);
+    if (model_.inputs_per_unit == BFloat16::INPUTS) start<BFloat16>(thread);
+    if (model_.inputs_per_unit == Int8::INPUTS) start<Int8>(thread);
+  }
+
+  template <class Format>
+  void start(int thread) {
+    model_.has_bfloat16_cache ? walk<Format, BFloat>(thread) : walk<Format, float>(thread);
   }
 
   // The model.
@@ -362,7 +430,8 @@ class Step {
   template <class Format>
   void take(int thread, const std::vector<float>& from, int64_t width) {
     const int64_t units = width / Format::INPUTS;
-    for (int64_t row = 0; row < rows_; row++) Format::pack(&from[row * width], units, &desks_[thread].units[row * units]);
+    for (int64_t row = 0; row < rows_; row++)
+      Format::pack_inputs(&from[row * width], units, &desks_[thread].units[row * (Format::HEADER + units)]);
   }
 
   // The same, of hidden / sqrt(mean(hidden^2) + eps) * weight.
@@ -372,7 +441,7 @@ class Step {
     const int64_t units = hidden_width_ / Format::INPUTS;
     for (int64_t row = 0; row < rows_; row++) {
       normalise(&hidden_[row * hidden_width_], model_.hidden, weight, desk.normed.data());
-      Format::pack(desk.normed.data(), units, &desk.units[row * units]);
+      Format::pack_inputs(desk.normed.data(), units, &desk.units[row * (Format::HEADER + units)]);
     }
   }
 
@@ -388,10 +457,11 @@ class Step {
   void multiply(int thread, const Matrix& matrix, float* out, Write write) {
     const Share share = share_of(matrix.outputs / WIDTH, thread);
     const uint32_t* x = desks_[thread].units.data();
+    const int64_t stride = Format::HEADER + matrix.units;
     for (int64_t panel = share.begin; panel < share.end; panel++)
       for (int64_t row = 0; row < rows_; row += ROWS)
-        tile_of<Format, ROWS>(rows_ - row, matrix.panels + panel * WIDTH * matrix.units, matrix.units,
-                              x + row * matrix.units, out + row * matrix.outputs + panel * WIDTH, matrix.outputs, write);
+        tile_of<Format, ROWS>(rows_ - row, matrix.panels + panel * WIDTH * stride, matrix.units, x + row * stride,
+                              out + row * matrix.outputs + panel * WIDTH, matrix.outputs, write);
   }
 
   // gate = silu(gate) * up, in the columns that this thread has just multiplied.
@@ -517,19 +587,19 @@ class Step {
 
 template <class Format>
 void pack(const float* weights, int64_t outputs, int64_t inputs, uint32_t* panels) {
-  const int64_t units = padded(inputs) / Format::INPUTS;
+  const int64_t units = padded(inputs) / Format::INPUTS, height = Format::HEADER + units;
   std::vector<float> row(padded(inputs));
-  std::vector<uint32_t> panel(WIDTH * units);  // output after output
-  for (int64_t first = 0; first < outputs; first += WIDTH, panels += WIDTH * units) {
+  std::vector<uint32_t> panel(WIDTH * height);  // output after output
+  for (int64_t first = 0; first < outputs; first += WIDTH, panels += WIDTH * height) {
     for (int64_t i = 0; i < WIDTH; i++) {
       if (first + i < outputs) std::memcpy(row.data(), weights + (first + i) * inputs, 4 * inputs);
       else std::fill(row.begin(), row.end(), 0.0f);
-      Format::pack(row.data(), units, &panel[i * units]);
+      Format::pack_weights(row.data(), units, &panel[i * height]);
     }
-    for (int64_t begin = 0; begin < units; begin += LANES)  // a line of the cache at a time
+    for (int64_t begin = 0; begin < height; begin += LANES)  // a line of the cache at a time
       for (int64_t i = 0; i < WIDTH; i++)
-        for (int64_t unit = begin; unit < std::min(begin + LANES, units); unit++)
-          panels[unit * WIDTH + i] = panel[i * units + unit];
+        for (int64_t unit = begin; unit < std::min(begin + LANES, height); unit++)
+          panels[unit * WIDTH + i] = panel[i * height + unit];
   }
 }
 
@@ -546,6 +616,10 @@ void pack_float32(const float* weights, int64_t outputs, int64_t inputs, uint32_
 
 void pack_bfloat16(const float* weights, int64_t outputs, int64_t inputs, uint32_t* panels) {
   pack<BFloat16>(weights, outputs, inputs, panels);
+}
+
+void pack_int8(const float* weights, int64_t outputs, int64_t inputs, uint32_t* panels) {
+  pack<Int8>(weights, outputs, inputs, panels);
 }
 
 // A number that any change of these `bytes` (a multiple of 2) changes, but for one chance in 2^32 or so.

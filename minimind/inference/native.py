@@ -10,6 +10,7 @@ import weakref
 from ctypes import POINTER, Structure, byref, c_float, c_int64, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,8 +29,24 @@ from minimind.model.transformer import Decoder, Layer, Transformer
 SOURCE = Path(__file__).with_name("native.cpp")
 
 _PLAIN = {Transformer, Decoder, Layer, Attention, FeedForward, RMSNorm, nn.ModuleList, nn.Linear, nn.Embedding}
-_INPUTS_PER_UNIT = {torch.float32: 1, torch.bfloat16: 2}
+_FLOATS = {torch.float32, torch.bfloat16}
 _BYTES_PER_UNIT = 4
+
+
+class _Format(NamedTuple):
+    """How weights of one dtype lie in panels."""
+
+    pack: str
+    inputs_per_unit: int
+    header: int
+    """Units before the inputs of an output."""
+
+
+_FORMATS = {
+    torch.float32: _Format("pack_float32", inputs_per_unit=1, header=0),
+    torch.bfloat16: _Format("pack_bfloat16", inputs_per_unit=2, header=0),
+    torch.int8: _Format("pack_int8", inputs_per_unit=4, header=2),
+}
 
 
 class _Matrix(Structure):
@@ -50,7 +67,7 @@ class _Model(Structure):
         ("head", _Matrix),
         *((name, c_void_p) for name in ("cos", "sin", "keys", "values")),
         *((name, c_int64) for name in ("num_layers", "hidden", "heads", "kv_heads", "head_dim", "max_rows", "slots")),
-        *((name, c_int64) for name in ("has_bfloat16_weights", "has_bfloat16_cache")),
+        *((name, c_int64) for name in ("inputs_per_unit", "has_bfloat16_cache")),
         ("eps", c_float),
     )
 
@@ -63,8 +80,7 @@ def _library() -> ctypes.CDLL | None:
         pack = (c_void_p, c_int64, c_int64, c_void_p)
         for name, result, arguments in (
             ("panel_width", c_int64, ()),
-            ("pack_float32", None, pack),
-            ("pack_bfloat16", None, pack),
+            *((form.pack, None, pack) for form in _FORMATS.values()),
             ("digest", c_uint64, (c_void_p, c_int64)),
             ("begin", c_void_p, (POINTER(_Model), c_int64)),
             ("step", None, (c_void_p, c_int64, c_void_p, c_void_p, c_void_p)),
@@ -79,7 +95,8 @@ class NativeStep:
     """Adds a token to each of the first rows of `cache`, with matrix products in `dtype`.
 
     float32 agrees with the Transformer but for the order of its sums. bfloat16 rounds weights and the inputs of each
-    product as autocast does, but keeps everything between products in float32.
+    product as autocast does, but keeps everything between products in float32. int8 rounds both to 255 levels, with
+    one scale for each output and for each token.
     """
 
     def __init__(self, model: Transformer, cache: KVCache, dtype: torch.dtype) -> None:
@@ -117,11 +134,11 @@ def is_plain(model: Transformer, cache: KVCache, dtype: torch.dtype) -> bool:
     """Return whether `native.cpp` computes what `model` does, forward hooks and replaced modules included."""
     return (
         not model.config.use_moe
-        and dtype in _INPUTS_PER_UNIT
-        and cache.keys.dtype in _INPUTS_PER_UNIT
+        and dtype in _FORMATS
+        and cache.keys.dtype in _FLOATS
         and all(type(module) in _PLAIN for module in model.modules())
         and not any(_is_watched(module) for module in model.modules())
-        and all(p.is_cpu and p.dtype in _INPUTS_PER_UNIT and p.is_contiguous() for p in model.parameters())
+        and all(p.is_cpu and p.dtype in _FLOATS and p.is_contiguous() for p in model.parameters())
     )
 
 
@@ -137,7 +154,7 @@ class _Packed:
         fingerprint: list[tuple[int, int]],
     ) -> None:
         self.fingerprint = fingerprint
-        self._code, self._dtype = code, dtype
+        self._code, self._format = code, _FORMATS[dtype]
         self._width = int(code.panel_width())
         config = model.config
         layers = [layer for layer in model.model.layers if isinstance(layer, Layer)]
@@ -164,7 +181,7 @@ class _Packed:
             head_dim=config.size_per_head,
             max_rows=cache.batch_size,
             slots=cache.max_length + 1,
-            has_bfloat16_weights=dtype == torch.bfloat16,
+            inputs_per_unit=self._format.inputs_per_unit,
             has_bfloat16_cache=cache.keys.dtype == torch.bfloat16,
             eps=config.rms_norm_eps,
         )
@@ -206,14 +223,13 @@ class _Packed:
         weight = torch.cat([part.detach().float() for part in parts]) if len(parts) > 1 else parts[0].detach().float()
         outputs, inputs = weight.shape
         panels = self._panels.data_ptr() + _BYTES_PER_UNIT * self._place
-        pack = self._code.pack_bfloat16 if self._dtype == torch.bfloat16 else self._code.pack_float32
-        pack(weight.data_ptr(), outputs, inputs, panels)
+        getattr(self._code, self._format.pack)(weight.data_ptr(), outputs, inputs, panels)
         self._place += self._num_units(parts)
-        return _Matrix(panels, self._padded(outputs), self._padded(inputs) // _INPUTS_PER_UNIT[self._dtype])
+        return _Matrix(panels, self._padded(outputs), self._padded(inputs) // self._format.inputs_per_unit)
 
     def _num_units(self, parts: list[Tensor]) -> int:
         outputs, inputs = sum(len(part) for part in parts), parts[0].shape[1]
-        return self._padded(outputs) * self._padded(inputs) // _INPUTS_PER_UNIT[self._dtype]
+        return self._padded(outputs) * (self._format.header + self._padded(inputs) // self._format.inputs_per_unit)
 
     def _padded(self, width: int) -> int:
         return -(-width // self._width) * self._width

@@ -18,13 +18,20 @@ from minimind.inference.native import NativeStep
 from minimind.model.cache import KVCache
 from minimind.model.transformer import Transformer
 from minimind.runtime.device import autocast
+from minimind.runtime.log import get_logger
+
+_log = get_logger(__name__)
 
 PREFILL_CHUNK = 512
 """Prompts are run this many positions at a time, so that a long one needs little memory."""
 
 
 class Runner:
-    """Runs `model` over a cache of `max_rows` rows of `max_length` positions; products and cache in `dtype`."""
+    """Runs `model` over a cache of `max_rows` rows of `max_length` positions; products and cache in `dtype`.
+
+    int8 is for the native step alone: prompts and the cache stay in the dtype of the parameters, and so do tokens where
+    there is no native step (a warning says so).
+    """
 
     def __init__(
         self, model: Transformer, max_rows: int, max_length: int, dtype: torch.dtype | None, *, is_native: bool
@@ -33,11 +40,12 @@ class Runner:
         weight = next(model.parameters())
         self.model = model
         self.device = weight.device
-        self.dtype = dtype or weight.dtype
+        self.dtype = weight.dtype if dtype is None or dtype == torch.int8 else dtype
         self._has_autocast = self.dtype != weight.dtype
         self._cache = KVCache(model.config, max_rows, max_length, device=self.device, dtype=self.dtype)
-        self._native = NativeStep(model, self._cache, self.dtype) if is_native else None
+        self._native = NativeStep(model, self._cache, dtype or self.dtype) if is_native else None
         self._is_native_ready: bool | None = None
+        self._is_int8 = dtype == torch.int8
 
     @contextmanager
     def deciding(self) -> Generator[None]:
@@ -84,6 +92,11 @@ class Runner:
         """Return the logits after token i at position i of cache row i (-1: an idle row), until the next call."""
         if self._is_native_ready is None:
             self._is_native_ready = self._native is not None and self._native.prepare()
+            if self._is_int8 and not self._is_native_ready:
+                _log.warning(
+                    "int8 needs the native step, which this model or machine does not have: using %s", self.dtype
+                )
+                self._is_int8 = False
         if self._is_native_ready and self._native is not None:
             return self._native(tokens, positions)
         cache = self._front(len(tokens))

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimind.inference import build, native
+from minimind.inference import build, native, runner
 from minimind.inference.engine import Engine
 from minimind.inference.native import SOURCE, NativeStep
 from minimind.inference.sampling import SamplingParams
@@ -124,7 +124,7 @@ def test_a_row_has_the_same_bits_alone_and_in_any_company(rows: int) -> None:
         assert torch.equal(cache.keys[:, -1, :, :64], alone.keys[:, 0, :, :64])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_threads_change_no_bit(dtype: torch.dtype) -> None:
     model = tiny(num_key_value_heads=4)
     ids = ids_of(5, 40, model)
@@ -157,6 +157,55 @@ def test_bfloat16_is_as_exact_as_autocast(shape: str, cache: torch.dtype) -> Non
     assert abs(narrow - wide) < 0.01 * wide
 
 
+def in_whole_numbers(x: Tensor) -> Tensor:
+    """The last axis rounded to whole multiples of a 127th of its largest."""
+    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+    return (x / scale).round() * scale
+
+
+class InWholeNumbers(nn.Module):
+    """What int8 means: a product of rounded inputs with rounded weights."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(in_whole_numbers(x), in_whole_numbers(self.weight))
+
+
+@pytest.mark.parametrize("shape", ["llama", "qwen3", "widths that fill no panel"])
+def test_int8_equals_its_definition(shape: str) -> None:
+    model = tiny(**SHAPES[shape])
+    ids = ids_of(8, 40, model)
+    exact = forward(model, ids)
+    ours = decoded(model, ids, torch.int8)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            model.set_submodule(name, InWholeNumbers(module.weight.detach()))
+    with torch.inference_mode():
+        defined = InWholeNumbers(model.head)(model(ids).hidden)
+    error = (defined - exact).square().mean().sqrt()
+    assert 0.002 < error / exact.std() < 0.1
+    # Sums in another order may round an input to the neighbouring number now and then; nothing else may differ.
+    assert (ours - defined).square().mean().sqrt() < 0.2 * error
+
+
+def test_int8_in_the_engine_keeps_the_cache_exact_and_speaks_up_where_it_cannot(said: list[str]) -> None:
+    model = tiny()
+    engine = Engine(model, max_batch_size=3, max_length=64, dtype=torch.int8)
+    answers = engine.generate([[5, 6, 7], [8]], GREEDY)
+    assert engine._runner._is_native_ready
+    assert engine.dtype == torch.float32
+    assert engine.generate([[8]], GREEDY)[0] == answers[1]
+    assert said == []
+    experts = Engine(tiny(use_moe=True), max_length=64, dtype=torch.int8)
+    for _ in range(2):
+        experts.generate([[5, 6, 7]], GREEDY)
+    assert len(said) == 1
+    assert "int8" in said[0]
+
+
 def test_weights_that_are_bfloat16_already_lose_nothing() -> None:
     model = tiny().to(torch.bfloat16)
     wide = tiny()
@@ -184,7 +233,7 @@ def by_loading(model: Transformer) -> None:
     model.load_state_dict(tiny(seed=9).state_dict())
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("change", [by_optimizer, by_data, by_new_memory, by_loading])
 def test_weights_changed_between_two_calls_are_seen(change: Change, dtype: torch.dtype | None) -> None:
     model = tiny()
@@ -252,14 +301,15 @@ def unbuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the build says on the log."""
+    """What build and runner say on the log."""
     lines: list[str] = []
 
     class Keep(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             lines.append(record.getMessage())
 
-    monkeypatch.setattr(build._log, "handlers", [Keep()])
+    for log in (build._log, runner._log):
+        monkeypatch.setattr(log, "handlers", [Keep()])
     return lines
 
 
@@ -331,7 +381,7 @@ def test_processes_that_build_at_once_all_get_a_whole_library(tmp_path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("machine", ["x86-64", "x86-64-v3"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_narrower_machines_compute_the_same(
     machine: str, dtype: torch.dtype, unbuilt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
