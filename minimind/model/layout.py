@@ -59,7 +59,7 @@ def pick_kernel(
     if dropout:
         return "dense"
     if device.type == "cpu":
-        if head_dim % kernels.HEAD_MULTIPLE == 0 and kernels.usable(device, dtype):
+        if kernels.takes_heads_of(head_dim) and kernels.usable(device, dtype):
             return "native"
         return "blocks" if is_packed or dtype != torch.float32 or length >= 320 else "dense"
     is_half = dtype in (torch.bfloat16, torch.float16)

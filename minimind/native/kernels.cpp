@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #if defined(__AVX512BF16__)
@@ -48,6 +49,9 @@ inline To bits_of(From x) {
 }
 
 inline Halves narrow(Floats x) {  // to the nearest, ties to even; a NaN stays one
+#if defined(__AVX512BF16__)
+  return bits_of<Halves>(_mm512_cvtneps_pbh((__m512)x));
+#endif
   Words u = bits_of<Words>(x);
   Words rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   return __builtin_convertvector(x == x ? rounded : Words{} + 0x7fc0, Halves);
@@ -96,20 +100,24 @@ inline void each(int64_t size, F f) {
       [=](auto* p, Floats x) { store_part(p + i, count, x); });
 }
 
+// Over the lanes, halving.
+template <class F>
+inline float fold(Floats x, F both) {
+  float lane[W];
+  store(lane, x);
+  for (int64_t half = W / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; i++) lane[i] = both(lane[i], lane[i + half]);
+  return lane[0];
+}
 inline float sum(Floats x) {
-  float total = 0;
-  for (int64_t i = 0; i < W; i++) total += x[i];
-  return total;
+  return fold(x, [](float a, float b) { return a + b; });
 }
 inline float largest(Floats x) {
-  float best = x[0];
-  for (int64_t i = 1; i < W; i++) best = x[i] > best ? x[i] : best;
-  return best;
+  return fold(x, [](float a, float b) { return a > b ? a : b; });
 }
 
-// e^x to about one unit in the last place: 2^n e^r with |r| <= ln(2) / 2; 0 below the smallest normal number. NaN stays.
+// e^x for x <= 88, to about one unit in the last place: 2^n e^r with |r| <= ln(2) / 2; 0 below -87. NaN stays.
 inline Floats exponential(Floats x) {
-  x = x > 88.0f ? all(88.0f) : x;
   Floats clamped = x < -87.0f ? all(-87.0f) : x;
   Floats shifted = clamped * 1.44269504f + 12582912.0f;  // the nearest integer stands in the low bits
   Floats n = shifted - 12582912.0f;
@@ -125,7 +133,7 @@ inline Floats exponential(Floats x) {
   power = x < -87.0f ? all(0.0f) : power;
   return x == x ? power : x;
 }
-inline Floats sigmoid(Floats x) { return 1.0f / (1.0f + exponential(-x)); }
+inline Floats sigmoid(Floats x) { return 1.0f / (1.0f + exponential(x < -88.0f ? all(88.0f) : -x)); }
 
 // -- RMSNorm -----------------------------------------------------------------------------------------------------------
 
@@ -261,24 +269,35 @@ inline Floats add_dot(Floats sum, uint32_t left, Words right, bfloat16) {
 #endif
 }
 
-constexpr int64_t ROWS = 8;  // of one tile: with two panels, 16 sums stay in registers
+constexpr int64_t ROWS = 8;    // of one tile: with two panels, 16 sums stay in registers
+constexpr int64_t BLOCK = 32;  // queries whose scores exist at one time: keys are read once for all of them
+constexpr int64_t MOST = 256;  // the largest head; kernels.py knows it too
+
+// Calls f(0) ... f(N - 1), written out: what a loop counts stays a constant, so that small arrays live in registers.
+template <class F, int64_t... I>
+inline void in_turn(F f, std::integer_sequence<int64_t, I...>) {
+  (f(std::integral_constant<int64_t, I>{}), ...);
+}
+template <int64_t N, class F>
+inline void times(F f) {
+  in_turn(f, std::make_integer_sequence<int64_t, N>{});
+}
 
 template <class T, int64_t PANELS>
 inline void tile(const uint32_t* left, int64_t left_stride, const uint32_t* right, int64_t panel, float* out,
                  int64_t out_stride, int64_t units, bool is_added) {
-  Floats sums[ROWS][PANELS];
-  for (int64_t r = 0; r < ROWS; r++)
-    for (int64_t p = 0; p < PANELS; p++) sums[r][p] = is_added ? load(out + r * out_stride + p * W) : Floats{};
+  Floats sums[ROWS * PANELS];
+  times<ROWS * PANELS>([&](auto i) {
+    sums[i] = is_added ? load(out + i / PANELS * out_stride + i % PANELS * W) : Floats{};
+  });
   for (int64_t u = 0; u < units; u++) {
     Words columns[PANELS];
-    for (int64_t p = 0; p < PANELS; p++) std::memcpy(&columns[p], right + p * panel + u * W, sizeof(Words));
-#pragma GCC unroll 8
-    for (int64_t r = 0; r < ROWS; r++)
-#pragma GCC unroll 2
-      for (int64_t p = 0; p < PANELS; p++) sums[r][p] = add_dot(sums[r][p], left[r * left_stride + u], columns[p], T{});
+    times<PANELS>([&](auto p) { std::memcpy(&columns[p], right + p * panel + u * W, sizeof(Words)); });
+    times<ROWS * PANELS>([&](auto i) {
+      sums[i] = add_dot(sums[i], left[i / PANELS * left_stride + u], columns[i % PANELS], T{});
+    });
   }
-  for (int64_t r = 0; r < ROWS; r++)
-    for (int64_t p = 0; p < PANELS; p++) store(out + r * out_stride + p * W, sums[r][p]);
+  times<ROWS * PANELS>([&](auto i) { store(out + i / PANELS * out_stride + i % PANELS * W, sums[i]); });
 }
 
 // out (rows, 16 * panels) = or += left (rows, units) times right; rows are a multiple of 8, `panel` words apart.
@@ -296,12 +315,7 @@ void product(const uint32_t* left, int64_t left_stride, const uint32_t* right, i
                  units, is_added);
 }
 
-// Three ways of writing float32 rows as operands. `rows` of the first axis, `size` (a multiple of 16) of the second.
-inline uint32_t pair(float first, float second) {
-  Floats both = {first, second};
-  Halves half = narrow(both);
-  return half[0] | uint32_t(half[1]) << 16;
-}
+// Four ways of writing float32 rows as operands: `rows` of the first axis, `size` (a multiple of 16) of the second.
 
 // Units along the second axis, as they lie: a left operand.
 template <class T>
@@ -310,7 +324,7 @@ void as_rows(const float* from, int64_t stride, uint32_t* to, int64_t to_stride,
     for (int64_t i = 0; i < size; i += W) store((T*)(to + r * to_stride) + i, load(from + r * stride + i));
 }
 
-// Units along the first axis, 16 lanes of the second: a right operand. An odd last row meets zeros.
+// Units along the first axis, 16 lanes of the second: a right operand. The rows are even in number.
 template <class T>
 void as_panels(const float* from, int64_t stride, uint32_t* to, int64_t panel, int64_t rows, int64_t size) {
   for (int64_t r = 0; r < rows; r += PER_UNIT<T>)
@@ -320,31 +334,36 @@ void as_panels(const float* from, int64_t stride, uint32_t* to, int64_t panel, i
       if constexpr (PER_UNIT<T> == 1) {
         units = bits_of<Words>(first);
       } else {
-        Floats second = r + 1 < rows ? load(from + (r + 1) * stride + i) : Floats{};
+        Floats second = load(from + (r + 1) * stride + i);
         units = __builtin_convertvector(narrow(first), Words) | __builtin_convertvector(narrow(second), Words) << 16;
       }
       std::memcpy(to + i / W * panel + r / PER_UNIT<T> * W, &units, sizeof units);
     }
 }
 
-// The transpose of up to 16 rows in units along the second axis: lane = row, a right operand's panel.
-template <class T>
-void as_turned_panel(const float* from, int64_t stride, uint32_t* to, int64_t rows, int64_t size) {
-  for (int64_t i = 0; i < size; i += PER_UNIT<T>)
-    for (int64_t r = 0; r < W; r++) {
-      const float* at = from + r * stride + i;
-      to[i / PER_UNIT<T> * W + r] = r >= rows ? 0 : PER_UNIT<T> == 1 ? bits_of<uint32_t>(at[0]) : pair(at[0], at[1]);
-    }
+inline void transpose(const uint32_t* from, int64_t stride, uint32_t* to, int64_t to_stride, int64_t rows, int64_t columns) {
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t c = 0; c < columns; c++) to[c * to_stride + r] = from[r * stride + c];
 }
 
-// The rows' transpose in units along the first axis: a left operand whose rows are the columns of `from`.
+// Units along the second axis, 16 lanes of the first (a multiple of 16): a right operand, turned.
 template <class T>
-void as_turned_rows(const float* from, int64_t stride, uint32_t* to, int64_t to_stride, int64_t rows, int64_t size) {
-  for (int64_t r = 0; r < rows; r += PER_UNIT<T>)
-    for (int64_t i = 0; i < size; i++) {
-      const float* at = from + r * stride + i;
-      to[i * to_stride + r / PER_UNIT<T>] = PER_UNIT<T> == 1 ? bits_of<uint32_t>(at[0]) : pair(at[0], at[stride]);
-    }
+void as_turned_panels(const float* from, uint32_t* to, int64_t rows, int64_t size) {
+  const int64_t units = size / PER_UNIT<T>;
+  uint32_t lines[W * MOST];
+  for (int64_t r = 0; r < rows; r += W) {
+    as_rows<T>(from + r * size, size, lines, units, W, size);
+    transpose(lines, units, to + r * units, W, W, units);
+  }
+}
+
+// Units along the first axis (even), rows of the second: a left operand, turned.
+template <class T>
+void as_turned_rows(const float* from, uint32_t* to, int64_t to_stride, int64_t rows, int64_t size) {
+  const int64_t units = rows / PER_UNIT<T>;
+  uint32_t panels[BLOCK * MOST];
+  as_panels<T>(from, size, panels, units * W, rows, size);
+  for (int64_t i = 0; i < size; i += W) transpose(panels + i * units, W, to + i * to_stride, to_stride, units, W);
 }
 
 // -- attention ---------------------------------------------------------------------------------------------------------
@@ -353,8 +372,6 @@ struct Shape {
   int64_t heads, kv_heads, size, angle_rows;  // size of a head: a multiple of 16
   int64_t width() const { return (heads + 2 * kv_heads) * size; }
 };
-
-constexpr int64_t BLOCK = 64;  // queries whose probabilities exist at one time in the backward
 
 int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -369,7 +386,7 @@ struct Scratch {
   template <class N>
   N* take(int64_t words) {
     N* piece = (N*)((uint32_t*)lines.data() + used);
-    used += up_to(words, W);
+    used += up_to(words, W) + W;  // one line more: pieces as large as a way of the cache must not share its sets
     return piece;
   }
 };
@@ -398,12 +415,6 @@ void read_head(const T* from, int64_t stride, int64_t head, int64_t first, int64
   std::fill(to + count * shape.size, to + padded * shape.size, 0.0f);
 }
 
-template <class T>
-void as_turned_panels(const float* from, uint32_t* to, int64_t rows, int64_t size) {
-  for (int64_t r = 0; r < rows; r += W)
-    as_turned_panel<T>(from + r * size, size, to + r / W * (size / PER_UNIT<T> * W), W, size);
-}
-
 // Scores -> e^(scale (score - largest)) of the first `valid`, zeros up to `width`; returns their sum.
 float exponentials(float* row, int64_t valid, int64_t width, float scale) {
   std::fill(row + valid, row + width, -INFINITY);
@@ -427,6 +438,9 @@ int64_t longest_of(const int64_t* spans, int64_t documents) {
   return up_to(longest, W);
 }
 
+// Queries at one time: in a short document few, so that little is computed that is masked.
+int64_t block_of(int64_t length) { return length <= 2 * BLOCK ? ROWS : BLOCK; }
+
 // A row of `qkv` holds the query heads, the key heads, the value heads of a token. Document d is tokens spans[d] up to
 // spans[d + 1]; each query sees the keys of its document up to its own.
 template <class T>
@@ -437,15 +451,15 @@ void attention_forward(const T* qkv, const float* cos, const float* sin, const i
   const float scale = 1 / std::sqrt(float(size));
 #pragma omp parallel for schedule(dynamic)
   for (int64_t item = 0; item < documents * shape.kv_heads; item++) {
-    scratch.begin(longest * (3 * size + 2 * ROWS) + 3 * ROWS * size + 8 * W);
+    scratch.begin(longest * (3 * size + 2 * BLOCK) + 3 * BLOCK * size + 16 * W);
     float* rows = scratch.take<float>(longest * size);
-    uint32_t* keys = scratch.take<uint32_t>(longest * size);
-    uint32_t* values = scratch.take<uint32_t>(longest * size);
-    float* scores = scratch.take<float>(ROWS * longest);
-    uint32_t* probabilities = scratch.take<uint32_t>(ROWS * longest);
-    float* queries = scratch.take<float>(ROWS * size);
-    uint32_t* left = scratch.take<uint32_t>(ROWS * size);
-    float* result = scratch.take<float>(ROWS * size);
+    uint32_t* keys = scratch.take<uint32_t>(longest * units);
+    uint32_t* values = scratch.take<uint32_t>(longest * units);
+    float* scores = scratch.take<float>(BLOCK * longest);
+    uint32_t* probabilities = scratch.take<uint32_t>(BLOCK * longest / PER_UNIT<T>);
+    float* queries = scratch.take<float>(BLOCK * size);
+    uint32_t* left = scratch.take<uint32_t>(BLOCK * units);
+    float* result = scratch.take<float>(BLOCK * size);
 
     const int64_t head = item % shape.kv_heads, begin = spans[item / shape.kv_heads];
     const int64_t length = spans[item / shape.kv_heads + 1] - begin, padded = up_to(length, W);
@@ -454,17 +468,18 @@ void attention_forward(const T* qkv, const float* cos, const float* sin, const i
     as_turned_panels<T>(rows, keys, padded, size);
     read_head(qkv, shape.width(), shape.heads + shape.kv_heads + head, begin, length, padded, nullptr, nullptr, rows, shape);
     as_panels<T>(rows, size, values, along * W, padded, size);
+    const int64_t step = block_of(length);
     for (int64_t h = head * group; h < (head + 1) * group; h++)
-      for (int64_t first = 0; first < length; first += ROWS) {
-        const int64_t count = std::min(ROWS, length - first), width = up_to(first + count, W);
-        read_head(qkv, shape.width(), h, begin + first, count, ROWS, cos, sin, queries, shape);
-        as_rows<T>(queries, size, left, units, ROWS, size);
-        product<T>(left, units, keys, units * W, scores, width, ROWS, width / W, units, false);
-        float sums[ROWS];
-        for (int64_t r = 0; r < ROWS; r++)
+      for (int64_t first = 0; first < length; first += step) {
+        const int64_t count = std::min(step, length - first), here = up_to(count, ROWS), width = up_to(first + count, W);
+        read_head(qkv, shape.width(), h, begin + first, count, here, cos, sin, queries, shape);
+        as_rows<T>(queries, size, left, units, here, size);
+        product<T>(left, units, keys, units * W, scores, width, here, width / W, units, false);
+        float sums[BLOCK];
+        for (int64_t r = 0; r < here; r++)
           sums[r] = exponentials(scores + r * width, std::min(first + r + 1, length), width, scale);
-        as_rows<T>(scores, width, probabilities, along, ROWS, width);
-        product<T>(probabilities, along, values, along * W, result, size, ROWS, size / W, width / PER_UNIT<T>, false);
+        as_rows<T>(scores, width, probabilities, along, here, width);
+        product<T>(probabilities, along, values, along * W, result, size, here, size / W, width / PER_UNIT<T>, false);
         for (int64_t r = 0; r < count; r++) {
           T* to = out + (begin + first + r) * shape.heads * size + h * size;
           for (int64_t i = 0; i < size; i += W) store(to + i, load(result + r * size + i) / sums[r]);
@@ -484,35 +499,35 @@ void attention_backward(const T* upstream, const T* qkv, const float* cos, const
   const float scale = 1 / std::sqrt(float(size));
 #pragma omp parallel for schedule(dynamic)
   for (int64_t item = 0; item < documents * shape.kv_heads; item++) {
-    scratch.begin(longest * (7 * size + 3 * ROWS + 2 * BLOCK) + 6 * BLOCK * size + ROWS * size + 20 * W);
+    scratch.begin(longest * (6 * size + 5 * BLOCK) + 7 * BLOCK * size + 40 * W);
     float* key_rows = scratch.take<float>(longest * size);
-    float* value_rows = scratch.take<float>(longest * size);
-    uint32_t* turned_keys = scratch.take<uint32_t>(longest * size);
-    uint32_t* turned_values = scratch.take<uint32_t>(longest * size);
-    uint32_t* keys = scratch.take<uint32_t>(longest * size);
+    uint32_t* turned_keys = scratch.take<uint32_t>(longest * units);
+    uint32_t* turned_values = scratch.take<uint32_t>(longest * units);
+    uint32_t* keys = scratch.take<uint32_t>(longest * units);
     float* grad_k = scratch.take<float>(longest * size);
     float* grad_v = scratch.take<float>(longest * size);
-    float* p = scratch.take<float>(ROWS * longest);
-    float* s = scratch.take<float>(ROWS * longest);
-    uint32_t* s_rows = scratch.take<uint32_t>(ROWS * longest);
-    uint32_t* p_panels = scratch.take<uint32_t>(BLOCK * longest);
-    uint32_t* s_panels = scratch.take<uint32_t>(BLOCK * longest);
+    float* p = scratch.take<float>(BLOCK * longest);
+    float* s = scratch.take<float>(BLOCK * longest);
+    uint32_t* s_rows = scratch.take<uint32_t>(BLOCK * longest / PER_UNIT<T>);
+    uint32_t* p_panels = scratch.take<uint32_t>(BLOCK * longest / PER_UNIT<T>);
+    uint32_t* s_panels = scratch.take<uint32_t>(BLOCK * longest / PER_UNIT<T>);
     float* queries = scratch.take<float>(BLOCK * size);
     float* ups = scratch.take<float>(BLOCK * size);
-    uint32_t* query_rows = scratch.take<uint32_t>(BLOCK * size);
-    uint32_t* up_rows = scratch.take<uint32_t>(BLOCK * size);
-    uint32_t* turned_queries = scratch.take<uint32_t>(BLOCK * size);
-    uint32_t* turned_ups = scratch.take<uint32_t>(BLOCK * size);
-    float* grad_q = scratch.take<float>(ROWS * size);
+    uint32_t* query_rows = scratch.take<uint32_t>(BLOCK * units);
+    uint32_t* up_rows = scratch.take<uint32_t>(BLOCK * units);
+    uint32_t* turned_queries = scratch.take<uint32_t>(BLOCK * units);
+    uint32_t* turned_ups = scratch.take<uint32_t>(BLOCK * units);
+    float* grad_q = scratch.take<float>(BLOCK * size);
 
     const int64_t head = item % shape.kv_heads, begin = spans[item / shape.kv_heads];
     const int64_t length = spans[item / shape.kv_heads + 1] - begin, padded = up_to(length, W);
     const int64_t along = padded / PER_UNIT<T>, key_head = shape.heads + head, value_head = key_head + shape.kv_heads;
     read_head(qkv, shape.width(), key_head, begin, length, padded, cos, sin, key_rows, shape);
-    read_head(qkv, shape.width(), value_head, begin, length, padded, nullptr, nullptr, value_rows, shape);
     as_turned_panels<T>(key_rows, turned_keys, padded, size);
-    as_turned_panels<T>(value_rows, turned_values, padded, size);
     as_panels<T>(key_rows, size, keys, along * W, padded, size);
+    float* value_rows = key_rows;
+    read_head(qkv, shape.width(), value_head, begin, length, padded, nullptr, nullptr, value_rows, shape);
+    as_turned_panels<T>(value_rows, turned_values, padded, size);
     std::fill(grad_k, grad_k + padded * size, 0.0f);
     std::fill(grad_v, grad_v + padded * size, 0.0f);
     for (int64_t h = head * group; h < (head + 1) * group; h++)
@@ -523,13 +538,14 @@ void attention_backward(const T* upstream, const T* qkv, const float* cos, const
         read_head(upstream, shape.heads * size, h, begin + block, in_block, rows, nullptr, nullptr, ups, shape);
         as_rows<T>(queries, size, query_rows, units, rows, size);
         as_rows<T>(ups, size, up_rows, units, rows, size);
-        as_turned_rows<T>(queries, size, turned_queries, across, rows, size);
-        as_turned_rows<T>(ups, size, turned_ups, across, rows, size);
-        for (int64_t r0 = 0; r0 < rows; r0 += ROWS) {
-          const int64_t seen = up_to(std::min(block + r0 + ROWS, length), W);
-          product<T>(query_rows + r0 * units, units, turned_keys, units * W, p, width, ROWS, seen / W, units, false);
-          product<T>(up_rows + r0 * units, units, turned_values, units * W, s, width, ROWS, seen / W, units, false);
-          for (int64_t r = 0; r < ROWS; r++) {
+        as_turned_rows<T>(queries, turned_queries, across, rows, size);
+        as_turned_rows<T>(ups, turned_ups, across, rows, size);
+        const int64_t step = std::min(block_of(length), rows);
+        for (int64_t r0 = 0; r0 < rows; r0 += step) {
+          const int64_t here = std::min(step, rows - r0), seen = up_to(std::min(block + r0 + here, length), W);
+          product<T>(query_rows + r0 * units, units, turned_keys, units * W, p, width, here, seen / W, units, false);
+          product<T>(up_rows + r0 * units, units, turned_values, units * W, s, width, here, seen / W, units, false);
+          for (int64_t r = 0; r < here; r++) {
             float *own_p = p + r * width, *own_s = s + r * width;
             std::fill(own_p + seen, own_p + width, 0.0f);
             std::fill(own_s + seen, own_s + width, 0.0f);
@@ -545,11 +561,11 @@ void attention_backward(const T* upstream, const T* qkv, const float* cos, const
             const float mean = sum(dots);
             for (int64_t i = 0; i < seen; i += W) store(own_s + i, load(own_p + i) * (load(own_s + i) - mean) * scale);
           }
-          as_rows<T>(s, width, s_rows, along, ROWS, seen);
-          as_panels<T>(p, width, p_panels + r0 / PER_UNIT<T> * W, across * W, ROWS, width);
-          as_panels<T>(s, width, s_panels + r0 / PER_UNIT<T> * W, across * W, ROWS, width);
-          product<T>(s_rows, along, keys, along * W, grad_q, size, ROWS, size / W, seen / PER_UNIT<T>, false);
-          for (int64_t r = 0; r < ROWS && block + r0 + r < length; r++) {
+          as_rows<T>(s, width, s_rows, along, here, seen);
+          as_panels<T>(p, width, p_panels + r0 / PER_UNIT<T> * W, across * W, here, width);
+          as_panels<T>(s, width, s_panels + r0 / PER_UNIT<T> * W, across * W, here, width);
+          product<T>(s_rows, along, keys, along * W, grad_q, size, here, size / W, seen / PER_UNIT<T>, false);
+          for (int64_t r = 0; r < here && block + r0 + r < length; r++) {
             const int64_t token = begin + block + r0 + r;
             rotate(grad_q + r * size, cos, sin, token, -1, grad + token * shape.width() + h * size, shape);
           }

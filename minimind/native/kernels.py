@@ -29,8 +29,8 @@ _ARGUMENTS = {
     "attention_forward": (_P, _P, _P, _P, _P, _N, _N, _N, _N, _N),
     "attention_backward": (_P, _P, _P, _P, _P, _P, _N, _N, _N, _N, _N),
 }
-HEAD_MULTIPLE = 16
-"""`attention` takes heads whose size is a multiple of this."""
+_HEAD_SIZES = range(16, 257, 16)
+"""What `attention` takes."""
 
 
 @cache
@@ -51,6 +51,11 @@ def usable(device: torch.device, *dtypes: torch.dtype) -> bool:
     if torch.compiler.is_compiling() or device.type != "cpu" or not all(dtype in _SUFFIX for dtype in dtypes):
         return False
     return _library() is not None
+
+
+def takes_heads_of(size: int) -> bool:
+    """Whether `attention` takes heads of this size."""
+    return size in _HEAD_SIZES
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
