@@ -6,8 +6,8 @@
 //
 // Decoding reads every weight once per step and computes little with it, so memory sets the pace. Three things follow:
 //   * Weights lie in panels, in the order in which they are read: one stream, no jumps. A panel is WIDTH outputs,
-//     [units of inputs][WIDTH], where a unit is 32 bits: 1 float32, 2 bfloat16 or 4 int8 inputs. It is read once for all
-//     rows, and meets up to ROWS of them at a time in registers.
+//     [units of inputs][WIDTH], where a unit is 32 bits: 1 float32, 2 bfloat16 or 4 int8 inputs. It is read once for
+//     all rows, and meets up to ROWS of them at a time in registers.
 //   * Every width is rounded up to whole panels. Padding is zero, so it changes no sum, and no loop needs a remainder.
 //   * All threads walk through the step together, each with its share of the panels; `team.meet()` stands where one
 //     needs what the others wrote. What costs next to nothing (norms) each computes for itself.
@@ -30,7 +30,7 @@
 #include <immintrin.h>
 #endif
 
-// -- what native.py hands over; its structures mirror these, field by field ---------------------------------------------
+// -- what native.py hands over; its structures mirror these, field by field -------------------------------------------
 
 extern "C" {
 
@@ -59,7 +59,7 @@ struct Model {
 
 namespace {
 
-// -- vectors as wide as the machine's, in the notation of GCC and Clang -------------------------------------------------
+// -- vectors as wide as the machine's, in the notation of GCC and Clang -----------------------------------------------
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16, ROWS = 8;
@@ -132,10 +132,10 @@ float sum(Floats v) {
 #endif
 }
 
-constexpr float TO_WHOLE = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to a whole number, its lowest bits
+constexpr float TO_WHOLE = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, held by the lowest bits
 
-// e^x to 3e-7 of itself, x held inside [-87, 88]: 2^n through the exponent's bits, times a Taylor polynomial in the rest,
-// which is at most ln(2) / 2.
+// e^x to 1e-7 of itself, x held inside [-87, 88]: 2^n through the exponent's bits, times a Taylor polynomial in the
+// rest, which is at most ln(2) / 2.
 Floats exponential(Floats x) {
   const Floats lowest = Floats{} - 87.0f, highest = Floats{} + 88.0f;
   x = x < lowest ? lowest : x;
@@ -148,7 +148,7 @@ Floats exponential(Floats x) {
   return bits<Floats>(bits<Ints>(power) + (__builtin_convertvector(n, Ints) << 23));
 }
 
-// -- the formats of a weight --------------------------------------------------------------------------------------------
+// -- the formats of a weight ------------------------------------------------------------------------------------------
 
 // How weights and inputs become units, how the two meet, and how a sum starts and ends. A panel and a row of inputs may
 // begin with a HEADER, of so many units per output and per row.
@@ -227,7 +227,7 @@ struct Int8 {
   }
 };
 
-// -- threads ------------------------------------------------------------------------------------------------------------
+// -- threads ----------------------------------------------------------------------------------------------------------
 
 // Threads that do the same work together. Between two works they wait awake for a moment, then asleep.
 class Team {
@@ -235,13 +235,15 @@ class Team {
   const int size;
 
   explicit Team(int threads) : size(threads) {
-    for (int i = 1; i < size; i++) helpers_.emplace_back([this, i] { help(i); });
+    try {
+      for (int i = 1; i < size; i++) helpers_.emplace_back([this, i] { help(i); });
+    } catch (...) {  // the machine gives no more threads: those that it gave must end before this object does
+      part();
+      throw;
+    }
   }
 
-  ~Team() {
-    begin(nullptr, nullptr);
-    for (std::thread& helper : helpers_) helper.join();
-  }
+  ~Team() { part(); }
 
   // Call work(on, thread) in every thread, this one included; return when all are done.
   void together(void (*work)(void*, int), void* on) {
@@ -258,12 +260,11 @@ class Team {
       arrived_ = 0;
       meetings_ = now + 1;
     }
-    for (int turns = 0; meetings_ == now; turns++) turns < AWAKE ? relax() : std::this_thread::yield();
+    // Others may need this thread's processor, so it is offered to them after a few microseconds.
+    for (int turns = 0; meetings_ == now; turns++) turns < 1000 ? relax() : std::this_thread::yield();
   }
 
  private:
-  static constexpr int AWAKE = 4000;  // turns of a waiting loop, about a tenth of a millisecond
-
   static void relax() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
@@ -279,9 +280,14 @@ class Team {
     wake_.notify_all();
   }
 
+  void part() {
+    begin(nullptr, nullptr);
+    for (std::thread& helper : helpers_) helper.join();
+  }
+
   void help(int thread) {
     for (unsigned done = 0;; done++) {
-      for (int turns = 0; works_ == done && turns < AWAKE; turns++) relax();
+      for (int turns = 0; works_ == done && turns < 10000; turns++) relax();  // as long as choosing a token takes
       if (works_ == done) {
         std::unique_lock<std::mutex> lock(mutex_);
         wake_.wait(lock, [&] { return works_ != done; });
@@ -301,7 +307,7 @@ class Team {
   std::vector<std::thread> helpers_;
 };
 
-// -- the matrix product -------------------------------------------------------------------------------------------------
+// -- the matrix product -----------------------------------------------------------------------------------------------
 
 enum Write { SET, ADD };
 
@@ -330,13 +336,14 @@ void tile(const uint32_t* panel, int64_t units, const uint32_t* x, float* out, i
 
 // The same for a number of rows that the compiler does not know: 1 to `most`.
 template <class Format, int most>
-void tile_of(int64_t rows, const uint32_t* panel, int64_t units, const uint32_t* x, float* out, int64_t stride, Write write) {
+void tile_of(int64_t rows, const uint32_t* panel, int64_t units, const uint32_t* x, float* out, int64_t stride,
+             Write write) {
   if constexpr (most > 1)
     if (rows < most) return tile_of<Format, most - 1>(rows, panel, units, x, out, stride, write);
   tile<Format, most>(panel, units, x, out, stride, write);
 }
 
-// -- the step -----------------------------------------------------------------------------------------------------------
+// -- the step ---------------------------------------------------------------------------------------------------------
 
 int64_t padded(int64_t width) { return (width + WIDTH - 1) / WIDTH * WIDTH; }
 
@@ -497,7 +504,8 @@ class Step {
     Number* keys = static_cast<Number*>(model_.keys) + place;
     Number* values = static_cast<Number*>(model_.values) + place;
 
-    for (int64_t head = 0; head < group; head++) place_in_time(queries + head * size, model_.layers[layer].q_norm, position);
+    for (int64_t head = 0; head < group; head++)
+      place_in_time(queries + head * size, model_.layers[layer].q_norm, position);
     place_in_time(key, model_.layers[layer].k_norm, position);
     for (int64_t i = 0; i < size; i++) store(keys + position * size + i, key[i]);
     for (int64_t i = 0; i < size; i++) store(values + position * size + i, value[i]);
@@ -511,7 +519,8 @@ class Step {
 
   // softmax(q k^T / sqrt(size)) v for a few query heads over the same keys and values.
   template <class Number, int heads>
-  void look_around(const float* queries, const Number* keys, const Number* values, int64_t length, float* scores, float* out) {
+  void look_around(const float* queries, const Number* keys, const Number* values, int64_t length, float* scores,
+                   float* out) {
     const int64_t size = model_.head_dim, stride = padded(model_.slots);
     const float scale = 1.0f / std::sqrt(float(size));
     for (int64_t slot = 0; slot < length; slot++) {
@@ -583,7 +592,7 @@ class Step {
   Team team_;  // last, so that its threads end first
 };
 
-// -- the door -----------------------------------------------------------------------------------------------------------
+// -- the door ---------------------------------------------------------------------------------------------------------
 
 template <class Format>
 void pack(const float* weights, int64_t outputs, int64_t inputs, uint32_t* panels) {
@@ -629,7 +638,10 @@ uint64_t digest(const uint16_t* data, int64_t bytes) {
   uint64_t total = bytes;
   int64_t at = 0;
   for (; at + step <= bytes; at += step)
-    for (int i = 0; i < 4; i++) state[i] = (state[i] ^ load<Units>(data + at / 2 + i * 2 * LANES)) * 0x9e3779b1u + (state[i] >> 15);
+    for (int i = 0; i < 4; i++) {
+      const Units next = load<Units>(data + at / 2 + i * 2 * LANES);
+      state[i] = (state[i] ^ next) * 0x9e3779b1u + (state[i] >> 15);
+    }
   for (; at < bytes; at += 2) total = (total ^ data[at / 2]) * 0x100000001b3u;
   for (const Units& units : state)
     for (int i = 0; i < LANES; i++) total = (total ^ units[i]) * 0x100000001b3u;

@@ -1,5 +1,6 @@
 """The native step against its definition, the Transformer: same logits, same tokens, and no surprise without it."""
 
+import gc
 import logging
 import re
 import shutil
@@ -138,6 +139,28 @@ def test_threads_change_no_bit(dtype: torch.dtype) -> None:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="counts threads as Linux tells them")
+def test_threads_end_with_their_engine() -> None:
+    def number() -> int:
+        return int(re.findall(r"Threads:\s+(\d+)", Path("/proc/self/status").read_text())[0])
+
+    model = tiny()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        Engine(model, native=False).generate([[5, 6]], GREEDY)  # PyTorch's own start once
+        num_threads = number()
+        for _ in range(3):
+            engine = Engine(model, max_batch_size=2, max_length=64)
+            engine.generate([[5, 6]], GREEDY)
+            assert number() == num_threads + 3
+            del engine
+            gc.collect()
+            assert number() == num_threads
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("cache", [torch.float32, torch.bfloat16])
