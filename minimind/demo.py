@@ -53,17 +53,20 @@ class Budget:
 
 
 QUICK = Budget("quick", 400_000, 400_000, 8)
-STANDARD = Budget("demo", 3_000_000, 3_600_000, 50)
-FULL = Budget("full", 10_000_000, 14_000_000, 100)
+STANDARD = Budget("demo", 2_500_000, 9_000_000, 50)
+FULL = Budget("full", 12_000_000, 50_000_000, 100)
 
-VOCAB_SIZE = 1200
+VOCAB_SIZE = 1600
+LONGEST_TOKEN = 8  # bytes: two Chinese characters, so that words stay words
 ROW_LENGTH = 512
 BATCH_TOKENS = 1024
+MUON_LR, LR = 4e-3, 2e-3
 
 TARGETS = {
     **dict.fromkeys(("weather", "clock", "memory"), 0.95),
     **dict.fromkeys(("facts", "who-one"), 0.85),
     **dict.fromkeys(("sums", "counting", "compare"), 0.80),
+    "who-two": 0.75,  # 15 points over the best shortcut
     "calculator": 0.70,
 }
 """Held-out accuracy wanted after fine-tuning; a domain that is not named must leave its score before behind."""
@@ -80,12 +83,15 @@ def run(config: Config) -> Path:
 
     clock.heading("World: text, conversations and questions, all of them made up")
     write_world(world, config.seed, budget)
-    questions = read_questions(world / "questions-test.jsonl", budget.questions)
+    found = read_questions(world / "questions-test.jsonl", budget.questions)
+    questions = [question for question in found if question["domain"] in taught()]
 
     clock.heading("Tokenizer: which byte sequences deserve an id of their own")
     files = (world / "pretrain.jsonl", world / "sft.jsonl")
     tokenizer = train_tokenizer.run(
-        train_tokenizer.Config(files=files, out=config.out / "tokenizer", vocab_size=VOCAB_SIZE)
+        train_tokenizer.Config(
+            files=files, out=config.out / "tokenizer", vocab_size=VOCAB_SIZE, max_token_bytes=LONGEST_TOKEN
+        )
     )
 
     clock.heading("Pretraining: predict the next token of plain text")
@@ -127,6 +133,13 @@ def demo_model() -> Any:
     return ModelConfig.from_preset("demo")
 
 
+def taught() -> set[str]:
+    """Return the domains that are asked: those that fine-tuning shows, and new wordings of them."""
+    from minimind.world.domains import DOMAINS, MIXTURE
+
+    return {name for name, domain in DOMAINS.items() if name in MIXTURE["sft"] or not domain.is_trained}
+
+
 def common(config: Config, stage: str, tokens: int) -> dict[str, Any]:
     """Return the settings that both training stages share: small batches and Muon, see docs/decisions.md."""
     from minimind.data.config import DataConfig
@@ -138,7 +151,6 @@ def common(config: Config, stage: str, tokens: int) -> dict[str, Any]:
         "out": config.out / stage,
         "seed": config.seed,
         "device": config.device,
-        "dtype": "float32",  # not auto: the same numbers on processors with and without bfloat16
         "steps": steps,
         "batch_tokens": BATCH_TOKENS,
         "save_every": max(1, steps // 4),
@@ -153,8 +165,8 @@ def common(config: Config, stage: str, tokens: int) -> dict[str, Any]:
         ),
         "optim": OptimConfig(
             name="muon",
-            muon_lr=0.02 if stage == "pretrain" else 0.01,
-            lr=4e-3 if stage == "pretrain" else 2e-3,
+            muon_lr=MUON_LR,
+            lr=LR,
             weight_decay=0.0,
             warmup_steps=min(50, steps // 10),
             min_lr_ratio=0.02,
@@ -233,7 +245,11 @@ def write_report(
             ("Train it for an hour", "minimind demo --full --out runs/demo-full"),
             ("Train on your own text", f"minimind pretrain --data FILE --tokenizer {config.out}/tokenizer"),
         ],
-        domains={name: f"{domain['about']} Held out: {domain['held_out']}" for name, domain in domains.items()},
+        domains={
+            name: f"{domain['about']} Held out: {domain['held_out']}"
+            for name, domain in domains.items()
+            if name in taught()
+        },
     )
 
 

@@ -292,6 +292,7 @@ PRESETS: dict[str, ModelConfig] = {
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,
+        qk_norm=True,
     ),
 }
 """Named shapes. Parameters: small 25.8M, base 104M, moe 145M, v3 64M, v3-moe 198M-A64M, large 334M, demo 1.0M."""

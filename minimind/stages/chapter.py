@@ -22,8 +22,7 @@ from minimind.tokenizer.bpe import Tokenizer
 from minimind.training.loop import FitResult
 from minimind.world.graders import grade
 
-ANSWER_TOKENS = 112
-"""The longest answer of the world, a sum with its steps, fits."""
+ANSWER_TOKENS = 112  # the longest answer of the world, a sum with its steps, fits
 
 _log = get_logger("demo")
 
@@ -82,7 +81,8 @@ class Chapter:
         rows = [row for row in read_jsonl(self.run / "metrics.jsonl") if "val_bits_per_byte" in row]
         first, last = rows[0]["val_bits_per_byte"], rows[-1]["val_bits_per_byte"]
         numbers: dict[str, Any] = {"before": first, "after": last, "low": None, "high": None, "n": None}
-        numbers |= {"target": None, "met": last < first, "seconds": round(self.fitted.seconds, 1)}
+        target = self.floor and round(1.15 * self.floor, 4)  # wanted: within 15 % of the entropy
+        numbers |= {"target": target, "met": last < (target or first), "seconds": round(self.fitted.seconds, 1)}
         return [Result(stage=self.stage, metric="bits per byte", **numbers)]
 
     def report(self, results: Sequence[Result]) -> StageReport:

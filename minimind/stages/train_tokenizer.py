@@ -39,6 +39,9 @@ class Config:
     """Write every digit as a token of its own, so that numbers can be computed with."""
     min_frequency: int = 2
     """How often a pair must occur to be merged."""
+    max_token_bytes: int = 0
+    """Longest token in bytes, 0: any length. On little Chinese text 8 (two characters) keeps whole phrases, in which a
+    small model cannot see the words, from becoming tokens."""
     reference: Path | None = None
     """Another tokenizer's directory to compare the compression with."""
     chat_template: Path | None = None
@@ -49,6 +52,8 @@ class Config:
         found = [] if self.files else ["data: no file to learn from; give --data FILE ..."]
         if self.min_frequency < 1:
             found.append(f"min_frequency = {self.min_frequency}: at least 1")
+        if self.max_token_bytes < 0 or self.max_token_bytes == 1:
+            found.append(f"max_token_bytes = {self.max_token_bytes}: 0 (any length) or at least 2")
         if self.out.exists() and not self.out.is_dir():
             found.append(f"out = {self.out}: is a file; give the folder to write the tokenizer to")
         return found
@@ -70,6 +75,7 @@ def run(config: Config) -> "Tokenizer":
         config.vocab_size,
         single_digits=config.single_digits,
         min_frequency=config.min_frequency,
+        max_token_bytes=config.max_token_bytes or None,
     )
     tokenizer.chat_template = bytes_only.chat_template
     tokenizer.save(config.out)

@@ -143,7 +143,7 @@ def counting(draw: Draw, language: Language, _: World) -> Item:
     name = asked.of(language)
     listed = " ".join(name if is_asked else other.of(language) for is_asked in order)
     pattern = "".join("1" if is_asked else "0" for is_asked in order)
-    steps = ", ".join if language == "en" else "，".join
+    walk = [f"{name} {sum(order[: place + 1])}" if order[place] else other.of(language) for place in range(len(order))]
     return Item(
         "counting",
         language,
@@ -151,7 +151,7 @@ def counting(draw: Draw, language: Language, _: World) -> Item:
         draw.choice(_COUNT[language]).format(name, listed),
         str(count),
         f"{count} times." if language == "en" else f"{count} 次。",
-        reasoning=steps([f"{name} {number + 1}" for number in range(count)]) + ("." if language == "en" else "。"),
+        reasoning=", ".join(walk) + "." if language == "en" else "，".join(walk) + "。",
         grader="number",
         chance=0.2,
         shortcuts={

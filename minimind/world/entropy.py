@@ -67,11 +67,14 @@ P, L, O = len(PEOPLE), len(PLACES), len(OBJECTS)  # noqa: E741 - sizes of the le
 EXPECTED_BITS: dict[str, float] = {
     # people, things; wording of the question; asked thing
     "who-zero": _log(P, P - 1, O, O - 1) + _log(2, 2),
-    # half: two people, else three; moved thing; wordings of one transfer and of the question; asked thing
-    "who-one": _log(O, O - 1, P, P - 1) + 0.5 * _log(P - 2) + _log(2, 2, 2, 2, 2),
-    # plot; people (four in 35 %); moved thing; two transfers in two wordings, the question in two; asked thing
+    # which keys; the list; what is asked in which order
+    "lookup": 1 + 0.5 * (_log(*range(O - 3, O + 1)) + 2 * _log(*range(P - 3, P + 1)) + _log(*range(L - 3, L + 1)))
+    + _log(4, 3, 2),
+    # half: two people, else three; moved thing; wordings of the question; asked thing
+    "who-one": _log(O, O - 1, P, P - 1) + 0.5 * _log(P - 2) + _log(2, 2, 2, 2),
+    # plot; people (four in 35 %); moved thing; the question in two wordings; asked thing
     "who-two": _entropy((0.1, 0.1, 0.35, 0.3, 0.15))
-    + _log(O, O - 1, P, P - 1, P - 2) + 0.35 * _log(P - 3) + _log(2, 2, 2, 2, 2),
+    + _log(O, O - 1, P, P - 1, P - 2) + 0.35 * _log(P - 3) + _log(2, 2, 2),
     # moves 0, 1, 2 (20, 40, 40 %): each a mover and a goal; the second goal is the left place or (half) a fresh one
     "where-person": _entropy((0.2, 0.4, 0.4)) + _log(P, P - 1, L, L - 1)
     + 0.8 * _log(2, L - 2) + 0.4 * (_log(2, 2) + 0.5 * _log(L - 3)) + _log(2, 2),

@@ -25,6 +25,11 @@ that a conversation may go on about anything."""
 
 LONGEST = 4
 
+CALLING = ("calculator", "weather", "clock")
+CALLED_AGAIN_SHARE = 80
+"""After a tool's answer another question for a tool follows with this chance of 100, up to three in all: the schemas
+cost as many tokens as two questions, so they serve more than one."""
+
 RETOLD_SHARE = 10
 """Of 100 conversations so many ask to be told about a person. Without them fine-tuning would forget the biographies."""
 
@@ -33,7 +38,7 @@ TELL: dict[Language, tuple[str, ...]] = {
     "zh": ("介绍一下{p}。", "你知道{p}的什么事？"),
 }
 
-NEEDLESS_SHARE = 0.04
+NEEDLESS_SHARE = 0.02
 """Share of the questions that need no tool and are offered all of them."""
 
 
@@ -52,19 +57,20 @@ def conversation(item: Item) -> list[Message]:
     return messages
 
 
-def _with_tools(row: Row, item: Item) -> Row:
-    names = offered_tools(item)
+def _with_tools(row: Row, *items: Item) -> Row:
+    names = offered_tools(*items)
     return {**row, "tools": tool_schemas(names)} if names else row
 
 
-def offered_tools(item: Item) -> tuple[str, ...]:
-    """Return the tools that a conversation about `item` offers: those it needs, and by lot others that it does not.
+def offered_tools(*items: Item) -> tuple[str, ...]:
+    """Return the tools that a conversation about `items` offers: those it needs, and by lot others that it does not.
 
-    So the model must choose, and must not call a tool because there is one. The lot is cast by the question's text.
+    So the model must choose, and must not call a tool because there is one. The lot is cast by the first question.
     """
-    if item.tools:
-        return tuple(name for name in TOOLS if name in item.tools or fraction("offered", item.user, name) < 0.5)
-    return tuple(TOOLS) if fraction("offered", item.user) < NEEDLESS_SHARE else ()
+    first, needed = items[0].user, {name for item in items for name in item.tools}
+    if needed:
+        return tuple(name for name in TOOLS if name in needed or fraction("offered", first, name) < 0.5)
+    return tuple(TOOLS) if fraction("offered", first) < NEEDLESS_SHARE else ()
 
 
 def _items(file: str, world: World, split: Split, draw: Draw) -> Iterator[Item]:
@@ -75,15 +81,17 @@ def _items(file: str, world: World, split: Split, draw: Draw) -> Iterator[Item]:
 
 
 def _sft(world: World, split: Split, draw: Draw) -> Iterator[Row]:
-    joinable = cumulate({name: share for name, share in MIXTURE["sft"].items() if _is_single(name)})
+    alone, calling = (
+        cumulate({name: share for name, share in MIXTURE["sft"].items() if belongs(name)})
+        for belongs in (_is_single, CALLING.__contains__)
+    )
     for item in _items("sft", world, split, draw):
-        messages = conversation(item)
-        for _ in range(LONGEST - 1):
-            if not draw.chance(JOINED_SHARE, 100):
-                break
-            following = draw_item(DOMAINS[draw.weighted(joinable)], draw, item.language, world, split)
-            messages += conversation(following)
-        yield _with_tools({"conversations": messages}, item)
+        is_calling = item.domain in CALLING
+        kinds, longest, share = (calling, 3, CALLED_AGAIN_SHARE) if is_calling else (alone, LONGEST, JOINED_SHARE)
+        items = [item]
+        while len(items) < longest and draw.chance(share, 100):
+            items.append(draw_item(DOMAINS[draw.weighted(kinds)], draw, item.language, world, split))
+        yield _with_tools({"conversations": [message for one in items for message in conversation(one)]}, *items)
         if draw.chance(RETOLD_SHARE, 100 - RETOLD_SHARE):
             yield _biography(world, draw)
 
@@ -98,7 +106,7 @@ def _biography(world: World, draw: Draw) -> Row:
 
 def _is_single(name: str) -> bool:
     """Return whether a domain's conversations are one question and one answer without tools."""
-    return name not in ("memory", "calculator", "weather", "clock", "warmer")
+    return name not in ("memory", "warmer", *CALLING)
 
 
 def _reason(world: World, split: Split, draw: Draw) -> Iterator[Row]:

@@ -33,9 +33,9 @@ class Sizes:
 
     preset: str = ""
     """quick, demo or full; the fields below override it."""
-    pretrain: int = 56_000
+    pretrain: int = 75_000
     """Training rows of pretrain."""
-    sft: int = 50_000
+    sft: int = 90_000
     """Training rows of sft."""
     reason: int = 4_000
     """Training rows of reason."""
@@ -74,7 +74,7 @@ class Sizes:
 SIZES = {
     "quick": Sizes("quick", 8_000, 6_000, 800, 800, 800, 400, 300, 600, 200, 20),
     "demo": Sizes("demo"),
-    "full": Sizes("full", 400_000, 300_000, 40_000, 40_000, 40_000, 20_000, 600, 1_200, 2_000, 200),
+    "full": Sizes("full", 400_000, 500_000, 40_000, 40_000, 40_000, 20_000, 600, 1_200, 2_000, 200),
 }
 
 
