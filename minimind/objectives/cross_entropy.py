@@ -17,6 +17,10 @@ from minimind.native import kernels
 CHUNK = 1024
 """Tokens whose logits exist at one time."""
 
+ROUND = 128
+"""The number of learned tokens is filled up to a multiple of this: oneDNN keeps a product for each new shape, so that a
+run over rows of ever other numbers would grow by some 0.2 GB."""
+
 
 def cross_entropy(output: Output, batch: Batch) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     """Return (sum of -w log p(label), {"correct": sum of w where the label is the likeliest, "loss_weight": sum w}).
@@ -29,8 +33,11 @@ def cross_entropy(output: Output, batch: Batch) -> tuple[Float[Tensor, ""], dict
     hidden = output.hidden.flatten(0, 1)  # (N, D)
     if not hidden.is_cuda:  # on a GPU, counting the learned rows would make the host wait
         learned = weights.nonzero()[:, 0]
-        if learned.numel() < weights.numel():
-            hidden, labels, weights = hidden[learned], labels[learned], weights[learned]
+        spare = -learned.numel() % ROUND if learned.numel() else 0
+        if learned.numel() + spare < weights.numel():
+            weights = F.pad(weights[learned], (0, spare))
+            learned = torch.cat((learned, learned[-1:].expand(spare)))  # the last one again, now without weight
+            hidden, labels = hidden.index_select(0, learned), labels[learned]
     loss_sum, correct = fused_linear_cross_entropy(hidden, output.head, labels, weights)
     return loss_sum, {"correct": correct, "loss_weight": weights.sum()}
 

@@ -90,43 +90,53 @@ class Optimizer:
 
 
 class AdamW:
-    """torch.optim.AdamW (arXiv 1711.05101), fused where the device has it; only matrices but embeddings decay."""
+    """AdamW (arXiv 1711.05101) by torch's fused kernel; only matrices but embeddings decay.
+
+    The kernel is called directly: torch.optim.AdamW, which calls the same, first imports torch's compiler (a second).
+    """
 
     def __init__(self, parameters: dict[str, nn.Parameter], config: OptimConfig) -> None:
-        decayed = {name for name, p in parameters.items() if p.ndim >= 2 and "embed" not in name}
-        names = sorted(decayed), sorted(parameters.keys() - decayed)
-        self.parameters, self.lr = parameters, config.lr
-        self.inner = torch.optim.AdamW(
-            [
-                {"params": [parameters[name] for name in group], "weight_decay": decay}
-                for group, decay in zip(names, (config.weight_decay, 0.0), strict=True)
-                if group
-            ],
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
-            fused=all(p.device.type in {"cpu", "cuda", "mps"} for p in parameters.values()),
-        )
-        for p in parameters.values():  # made now, so that the state has one shape before and after the first step
-            self.inner.state[p] = {
+        self.parameters, self.config = parameters, config
+        self.decayed = {name for name, p in parameters.items() if p.ndim >= 2 and "embed" not in name}
+        self.state = {
+            name: {
                 "step": torch.zeros((), dtype=torch.float32, device=p.device),
-                "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
-                "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
             }
+            for name, p in parameters.items()
+        }
 
+    @torch.no_grad()
     def step(self, factor: float) -> None:
-        """Update with `factor` times the highest rate."""
-        for group in self.inner.param_groups:
-            group["lr"] = self.lr * factor
-        self.inner.step()
+        """Update with `factor` times the highest rate; a parameter without gradient stays as it is."""
+        config = self.config
+        with_gradient = [name for name, p in self.parameters.items() if p.grad is not None]
+        for decay, is_decayed in ((config.weight_decay, True), (0.0, False)):
+            names = [name for name in with_gradient if (name in self.decayed) is is_decayed]
+            if not names:
+                continue
+            steps = [self.state[name]["step"] for name in names]
+            torch._foreach_add_(steps, 1)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+            torch._fused_adamw_(  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage] - see above
+                [self.parameters[name] for name in names],
+                [_gradient(self.parameters[name]) for name in names],
+                [self.state[name]["exp_avg"] for name in names],
+                [self.state[name]["exp_avg_sq"] for name in names],
+                [],
+                steps,
+                lr=config.lr * factor,
+                beta1=config.beta1,
+                beta2=config.beta2,
+                weight_decay=decay,
+                eps=config.eps,
+                amsgrad=False,
+                maximize=False,
+            )
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return `adamw.exp_avg/NAME`, `adamw.exp_avg_sq/NAME` and `adamw.step/NAME`."""
-        return {
-            f"adamw.{kind}/{name}": tensor
-            for name, p in self.parameters.items()
-            for kind, tensor in self.inner.state[p].items()
-        }
+        return {f"adamw.{kind}/{name}": tensor for name, own in self.state.items() for kind, tensor in own.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Copy the saved tensors into place."""
@@ -161,10 +171,12 @@ class Muon:
         for shape, group in self.groups.items():
             gradients = torch.cat([_lying(_gradient(p)) for p in group.values()])  # (n, shorter, longer)
             self.buffers[shape].lerp_(gradients, 1 - self.momentum)
-            update = orthogonalize(gradients.lerp_(self.buffers[shape], self.momentum), self.dtype).float()
+            update = orthogonalize(gradients.lerp_(self.buffers[shape], self.momentum), self.dtype)
             for p, part in zip(group.values(), _split(update, group), strict=True):
                 rows, columns = p.shape[-2:]
-                p.mul_(1 - lr * self.weight_decay).add_(part, alpha=-lr * max(1.0, rows / columns) ** 0.5)
+                if self.weight_decay:
+                    p.mul_(1 - lr * self.weight_decay)
+                p.add_(part, alpha=-lr * max(1.0, rows / columns) ** 0.5)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return `muon.momentum/NAME`, views of the stacked buffers in the shapes of the parameters."""
