@@ -4,7 +4,6 @@
 Who sees whom is the layout's knowledge.
 """
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -110,10 +109,9 @@ class Attention(nn.Module):
         return self.o_proj(output.flatten(2))  # (B, T, D)
 
     def _attend_inside(self, x: Tensor, cos: Tensor, sin: Tensor, spans: Tensor) -> Tensor:
-        """Return what `forward` gives to `o_proj`, from rotation to values in one kernel."""
+        """Return what `forward` gives to `o_proj`, from QK-norm to values in one kernel."""
         qkv = side_by_side(x, self.q_proj, self.k_proj, self.v_proj)  # (B, T, (H + 2 K) * Dh)
+        norms = None
         if self.q_norm is not None and self.k_norm is not None:
-            widths = [self.num_heads * self.head_dim, *[self.num_kv_heads * self.head_dim] * 2]
-            q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv.split(widths, dim=-1))
-            qkv = torch.cat((self.q_norm(q), self.k_norm(k), v), dim=2).flatten(2)
-        return kernels.attention(qkv, cos, sin, spans, self.num_heads, self.num_kv_heads)
+            norms = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
+        return kernels.attention(qkv, cos, sin, spans, self.num_heads, self.num_kv_heads, norms)

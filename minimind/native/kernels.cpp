@@ -370,6 +370,8 @@ void as_turned_rows(const float* from, uint32_t* to, int64_t to_stride, int64_t 
 
 struct Shape {
   int64_t heads, kv_heads, size, angle_rows;  // size of a head: a multiple of 16
+  const float *q_norm, *k_norm;               // weights of RMSNorm on each query and key head before the rotation, or null
+  float eps;
   int64_t width() const { return (heads + 2 * kv_heads) * size; }
 };
 
@@ -403,16 +405,56 @@ void rotate(const From* from, const float* cos, const float* sin, int64_t token,
   });
 }
 
-// `count` rows of head `head` from token `first` on, in float32, rotated where there are angles; zeros up to `padded` rows.
+// `count` rows of head `head` from token `first` on, in float32; zeros up to `padded` rows.
 template <class T>
-void read_head(const T* from, int64_t stride, int64_t head, int64_t first, int64_t count, int64_t padded, const float* cos,
-               const float* sin, float* to, const Shape& shape) {
+void read_head(const T* from, int64_t stride, int64_t head, int64_t first, int64_t count, int64_t padded, float* to,
+               const Shape& shape) {
   for (int64_t r = 0; r < count; r++) {
     const T* row = from + (first + r) * stride + head * shape.size;
-    if (cos) rotate(row, cos, sin, first + r, 1, to + r * shape.size, shape);
-    else each(shape.size, [&](int64_t, auto get, auto put) { put(to + r * shape.size, get(row)); });
+    for (int64_t i = 0; i < shape.size; i += W) store(to + r * shape.size + i, load(row + i));
   }
   std::fill(to + count * shape.size, to + padded * shape.size, 0.0f);
+}
+
+float norm_scale(const float* x, const Shape& shape) {
+  Floats squares = {};
+  for (int64_t i = 0; i < shape.size; i += W) squares += load(x + i) * load(x + i);
+  return 1 / std::sqrt(sum(squares) / shape.size + shape.eps);
+}
+
+// Queries or keys: normalised, if `norm` has weights, then rotated.
+template <class T>
+void read_turned_head(const T* from, int64_t head, int64_t first, int64_t count, int64_t padded, const float* cos,
+                      const float* sin, const float* norm, float* to, const Shape& shape) {
+  read_head(from, shape.width(), head, first, count, padded, to, shape);
+  for (int64_t r = 0; r < count; r++, to += shape.size) {
+    const float scale = norm ? norm_scale(to, shape) : 1;
+    for (int64_t i = 0; norm && i < shape.size; i += W) store(to + i, load(to + i) * scale * load(norm + i));
+    rotate(to, cos, sin, first + r, 1, to, shape);
+  }
+}
+
+// The way back of one row: `turned` is the gradient of what `read_turned_head` gave, `x` what it read. Writes the gradient
+// of `x` and adds that of the norm's weights.
+template <class T>
+void write_turned_grad(const float* turned, const T* x, int64_t token, const float* cos, const float* sin,
+                       const float* norm, float* grad_norm, T* to, const Shape& shape) {
+  float grad[MOST], row[MOST];
+  rotate(turned, cos, sin, token, -1, grad, shape);
+  if (norm) {
+    for (int64_t i = 0; i < shape.size; i += W) store(row + i, load(x + i));
+    const float scale = norm_scale(row, shape);
+    Floats dots = {};
+    for (int64_t i = 0; i < shape.size; i += W) {
+      Floats g = load(grad + i), n = load(row + i) * scale;
+      store(grad_norm + i, load(grad_norm + i) + g * n);
+      dots += g * load(norm + i) * n;
+    }
+    const float mean = sum(dots) / shape.size;
+    for (int64_t i = 0; i < shape.size; i += W)
+      store(grad + i, scale * (load(grad + i) * load(norm + i) - load(row + i) * scale * mean));
+  }
+  for (int64_t i = 0; i < shape.size; i += W) store(to + i, load(grad + i));
 }
 
 // Scores -> e^(scale (score - largest)) of the first `valid`, zeros up to `width`; returns their sum.
@@ -464,15 +506,15 @@ void attention_forward(const T* qkv, const float* cos, const float* sin, const i
     const int64_t head = item % shape.kv_heads, begin = spans[item / shape.kv_heads];
     const int64_t length = spans[item / shape.kv_heads + 1] - begin, padded = up_to(length, W);
     const int64_t along = padded / PER_UNIT<T>;  // units along the keys
-    read_head(qkv, shape.width(), shape.heads + head, begin, length, padded, cos, sin, rows, shape);
+    read_turned_head(qkv, shape.heads + head, begin, length, padded, cos, sin, shape.k_norm, rows, shape);
     as_turned_panels<T>(rows, keys, padded, size);
-    read_head(qkv, shape.width(), shape.heads + shape.kv_heads + head, begin, length, padded, nullptr, nullptr, rows, shape);
+    read_head(qkv, shape.width(), shape.heads + shape.kv_heads + head, begin, length, padded, rows, shape);
     as_panels<T>(rows, size, values, along * W, padded, size);
     const int64_t step = block_of(length);
     for (int64_t h = head * group; h < (head + 1) * group; h++)
       for (int64_t first = 0; first < length; first += step) {
         const int64_t count = std::min(step, length - first), here = up_to(count, ROWS), width = up_to(first + count, W);
-        read_head(qkv, shape.width(), h, begin + first, count, here, cos, sin, queries, shape);
+        read_turned_head(qkv, h, begin + first, count, here, cos, sin, shape.q_norm, queries, shape);
         as_rows<T>(queries, size, left, units, here, size);
         product<T>(left, units, keys, units * W, scores, width, here, width / W, units, false);
         float sums[BLOCK];
@@ -490,9 +532,10 @@ void attention_forward(const T* qkv, const float* cos, const float* sin, const i
 
 // With P the probabilities and U the upstream gradient of a head: dV = P^T U; dP = U V^T; dS = scale P (dP - rowsum(P dP));
 // dQ = dS K; dK = dS^T Q. P is computed anew, a block of queries at a time; dK and dV are summed turned, (size, keys).
+// `norm_partial` has a row for each thread: the gradients of q_norm, then of k_norm.
 template <class T>
 void attention_backward(const T* upstream, const T* qkv, const float* cos, const float* sin, const int64_t* spans, T* grad,
-                        int64_t documents, Shape shape) {
+                        float* norm_partial, int64_t documents, Shape shape) {
   const int64_t size = shape.size, group = shape.heads / shape.kv_heads, units = size / PER_UNIT<T>;
   const int64_t across = BLOCK / PER_UNIT<T>;  // units along a block's queries
   const int64_t longest = longest_of(spans, documents);
@@ -521,12 +564,14 @@ void attention_backward(const T* upstream, const T* qkv, const float* cos, const
 
     const int64_t head = item % shape.kv_heads, begin = spans[item / shape.kv_heads];
     const int64_t length = spans[item / shape.kv_heads + 1] - begin, padded = up_to(length, W);
+    float* grad_q_norm = norm_partial + omp_get_thread_num() * 2 * size;
+    float* grad_k_norm = grad_q_norm + size;
     const int64_t along = padded / PER_UNIT<T>, key_head = shape.heads + head, value_head = key_head + shape.kv_heads;
-    read_head(qkv, shape.width(), key_head, begin, length, padded, cos, sin, key_rows, shape);
+    read_turned_head(qkv, key_head, begin, length, padded, cos, sin, shape.k_norm, key_rows, shape);
     as_turned_panels<T>(key_rows, turned_keys, padded, size);
     as_panels<T>(key_rows, size, keys, along * W, padded, size);
     float* value_rows = key_rows;
-    read_head(qkv, shape.width(), value_head, begin, length, padded, nullptr, nullptr, value_rows, shape);
+    read_head(qkv, shape.width(), value_head, begin, length, padded, value_rows, shape);
     as_turned_panels<T>(value_rows, turned_values, padded, size);
     std::fill(grad_k, grad_k + padded * size, 0.0f);
     std::fill(grad_v, grad_v + padded * size, 0.0f);
@@ -534,8 +579,8 @@ void attention_backward(const T* upstream, const T* qkv, const float* cos, const
       for (int64_t block = 0; block < length; block += BLOCK) {
         const int64_t in_block = std::min(BLOCK, length - block), rows = up_to(in_block, ROWS);
         const int64_t width = up_to(block + in_block, W);
-        read_head(qkv, shape.width(), h, begin + block, in_block, rows, cos, sin, queries, shape);
-        read_head(upstream, shape.heads * size, h, begin + block, in_block, rows, nullptr, nullptr, ups, shape);
+        read_turned_head(qkv, h, begin + block, in_block, rows, cos, sin, shape.q_norm, queries, shape);
+        read_head(upstream, shape.heads * size, h, begin + block, in_block, rows, ups, shape);
         as_rows<T>(queries, size, query_rows, units, rows, size);
         as_rows<T>(ups, size, up_rows, units, rows, size);
         as_turned_rows<T>(queries, turned_queries, across, rows, size);
@@ -567,7 +612,8 @@ void attention_backward(const T* upstream, const T* qkv, const float* cos, const
           product<T>(s_rows, along, keys, along * W, grad_q, size, here, size / W, seen / PER_UNIT<T>, false);
           for (int64_t r = 0; r < here && block + r0 + r < length; r++) {
             const int64_t token = begin + block + r0 + r;
-            rotate(grad_q + r * size, cos, sin, token, -1, grad + token * shape.width() + h * size, shape);
+            const int64_t at = token * shape.width() + h * size;
+            write_turned_grad(grad_q + r * size, qkv + at, token, cos, sin, shape.q_norm, grad_q_norm, grad + at, shape);
           }
         }
         product<T>(turned_ups, across, p_panels, across * W, grad_v, padded, size, width / W, rows / PER_UNIT<T>, true);
@@ -577,7 +623,8 @@ void attention_backward(const T* upstream, const T* qkv, const float* cos, const
       float *row_k = queries, *row_v = ups;  // free by now
       for (int64_t i = 0; i < size; i++) row_k[i] = grad_k[i * padded + t], row_v[i] = grad_v[i * padded + t];
       T* to = grad + (begin + t) * shape.width();
-      rotate(row_k, cos, sin, begin + t, -1, to + key_head * size, shape);
+      const T* x = qkv + (begin + t) * shape.width() + key_head * size;
+      write_turned_grad(row_k, x, begin + t, cos, sin, shape.k_norm, grad_k_norm, to + key_head * size, shape);
       for (int64_t i = 0; i < size; i += W) store(to + value_head * size + i, load(row_v + i));
     }
   }
@@ -605,14 +652,16 @@ void attention_backward(const T* upstream, const T* qkv, const float* cos, const
                          int64_t size, int64_t has_grad) {                                                                 \
     cross_entropy(logits, labels, weights, losses, hits, rows, size, has_grad != 0);                                       \
   }                                                                                                                        \
-  void attention_forward_##T(const T* qkv, const float* cos, const float* sin, const int64_t* spans, T* out,               \
-                             int64_t documents, int64_t heads, int64_t kv_heads, int64_t size, int64_t angle_rows) {       \
-    attention_forward(qkv, cos, sin, spans, out, documents, Shape{heads, kv_heads, size, angle_rows});                     \
+  void attention_forward_##T(const T* qkv, const float* cos, const float* sin, const int64_t* spans, const float* q_norm,  \
+                             const float* k_norm, T* out, int64_t documents, int64_t heads, int64_t kv_heads,              \
+                             int64_t size, int64_t angle_rows, float eps) {                                                \
+    attention_forward(qkv, cos, sin, spans, out, documents, Shape{heads, kv_heads, size, angle_rows, q_norm, k_norm, eps}); \
   }                                                                                                                        \
-  void attention_backward_##T(const T* upstream, const T* qkv, const float* cos, const float* sin, const int64_t* spans,   \
-                              T* grad, int64_t documents, int64_t heads, int64_t kv_heads, int64_t size,                   \
-                              int64_t angle_rows) {                                                                        \
-    attention_backward(upstream, qkv, cos, sin, spans, grad, documents, Shape{heads, kv_heads, size, angle_rows});         \
+  void attention_backward_##T(const T* qkv, const float* cos, const float* sin, const int64_t* spans, const float* q_norm, \
+                              const float* k_norm, const T* upstream, T* grad, float* norm_partial, int64_t documents,     \
+                              int64_t heads, int64_t kv_heads, int64_t size, int64_t angle_rows, float eps) {              \
+    attention_backward(upstream, qkv, cos, sin, spans, grad, norm_partial, documents,                                      \
+                       Shape{heads, kv_heads, size, angle_rows, q_norm, k_norm, eps});                                     \
   }
 
 extern "C" {

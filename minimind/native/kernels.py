@@ -26,8 +26,8 @@ _ARGUMENTS = {
     "swiglu_forward": (_P, _P, _N, _N),
     "swiglu_backward": (_P, _P, _P, _N, _N),
     "cross_entropy": (_P, _P, _P, _P, _P, _N, _N, _N),
-    "attention_forward": (_P, _P, _P, _P, _P, _N, _N, _N, _N, _N),
-    "attention_backward": (_P, _P, _P, _P, _P, _P, _N, _N, _N, _N, _N),
+    "attention_forward": (*[_P] * 7, *[_N] * 5, c_float),
+    "attention_backward": (*[_P] * 9, *[_N] * 5, c_float),
 }
 _HEAD_SIZES = range(16, 257, 16)
 """What `attention` takes."""
@@ -83,13 +83,16 @@ def attention(
     spans: Int[Tensor, " documents_and_one"],
     num_heads: int,
     num_kv_heads: int,
+    norms: tuple[Tensor, Tensor, float] | None = None,
 ) -> Float[Tensor, "B T D"]:
     """Return the heads' outputs side by side: rotated queries and keys, causal attention inside each document.
 
     `qkv` holds each token's query heads, key heads, value heads. `spans`: 0, then where each document ends in the flat
-    batch, int64. In bfloat16, products are summed in float32, and probabilities are rounded before they weigh values.
+    batch, int64. `norms`: weights (Dh) of an RMSNorm on queries and on keys before the rotation, and its eps. In
+    bfloat16, products are summed in float32, and probabilities are rounded before they weigh values.
     """
-    return _Attention.apply(qkv, cos, sin, spans, num_heads, num_kv_heads)
+    q_norm, k_norm, eps = norms or (None, None, 0.0)
+    return _Attention.apply(qkv, cos, sin, spans, q_norm, k_norm, num_heads, num_kv_heads, eps)
 
 
 def cross_entropy_(
@@ -150,25 +153,36 @@ class _SwiGLU(torch.autograd.Function):
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, spans: Tensor, num_heads: int, num_kv_heads: int
+        ctx: Any,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        spans: Tensor,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        num_heads: int,
+        num_kv_heads: int,
+        eps: float,
     ) -> Tensor:
-        qkv, cos, sin = qkv.contiguous(), cos.contiguous(), sin.contiguous()
+        inputs = (qkv.contiguous(), cos.contiguous(), sin.contiguous(), spans, q_norm, k_norm)
         size = qkv.shape[-1] // (num_heads + 2 * num_kv_heads)
         out = qkv.new_empty((*qkv.shape[:-1], num_heads * size))
-        ctx.shape = (spans.numel() - 1, num_heads, num_kv_heads, size, cos.shape[0] * cos.shape[1])
-        _call("attention_forward", qkv.dtype, qkv, cos, sin, spans, out, *ctx.shape)
-        ctx.save_for_backward(qkv, cos, sin, spans)
+        ctx.numbers = (spans.numel() - 1, num_heads, num_kv_heads, size, cos.shape[0] * cos.shape[1], eps)
+        _call("attention_forward", qkv.dtype, *inputs, out, *ctx.numbers)
+        ctx.save_for_backward(*inputs)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, *rest = ctx.saved_tensors
-        grad = torch.empty_like(qkv)
-        _call("attention_backward", qkv.dtype, grads[0].contiguous(), qkv, *rest, grad, *ctx.shape)
-        return grad, None, None, None, None, None
+        qkv, q_norm = ctx.saved_tensors[0], ctx.saved_tensors[4]
+        grad, size = torch.empty_like(qkv), ctx.numbers[3]
+        partial = torch.zeros(_num_threads(), 2, size)
+        _call("attention_backward", qkv.dtype, *ctx.saved_tensors, grads[0].contiguous(), grad, partial, *ctx.numbers)
+        grad_norms = (None, None) if q_norm is None else partial.sum(0).unbind()
+        return grad, None, None, None, *grad_norms, None, None, None
 
 
-def _call(name: str, dtype: torch.dtype, *arguments: Tensor | float) -> None:
+def _call(name: str, dtype: torch.dtype, *arguments: Tensor | float | None) -> None:
     for value in arguments:
         if isinstance(value, Tensor) and not value.is_contiguous():
             raise ValueError(f"{name}: a tensor of shape {tuple(value.shape)} is not contiguous")

@@ -82,7 +82,8 @@ DOCUMENTS = {
 @DTYPES
 @pytest.mark.parametrize("case", DOCUMENTS)
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 4, 32), (4, 1, 16), (6, 2, 64)])
-def test_attention(dtype: torch.dtype, case: str, heads: int, kv_heads: int, size: int) -> None:
+@pytest.mark.parametrize("has_norms", [False, True])
+def test_attention(dtype: torch.dtype, case: str, heads: int, kv_heads: int, size: int, has_norms: bool) -> None:
     torch.manual_seed(0)
     documents = DOCUMENTS[case].long()
     positions = layout.positions_in_documents(documents)
@@ -90,17 +91,23 @@ def test_attention(dtype: torch.dtype, case: str, heads: int, kv_heads: int, siz
     # Like what a model has: scores that neither drown in each other nor single out one key.
     qkv = torch.randn(*documents.shape, (heads + 2 * kv_heads) * size).to(dtype).requires_grad_()
 
-    def ours(qkv: Tensor) -> Tensor:
-        return kernels.attention(qkv, cos, sin, spans_of(documents), heads, kv_heads)
+    has_norms = has_norms and case != "one token each"  # where one key takes all, nothing depends on them
+    norms = [torch.rand(size).add(0.5).requires_grad_() for _ in range(2)] if has_norms else []
 
-    def definition(qkv: Tensor) -> Tensor:
+    def ours(qkv: Tensor, *weights: Tensor) -> Tensor:
+        norms = (weights[0], weights[1], 1e-5) if weights else None
+        return kernels.attention(qkv, cos, sin, spans_of(documents), heads, kv_heads, norms)
+
+    def definition(qkv: Tensor, *weights: Tensor) -> Tensor:
         q, k, v = qkv.unflatten(-1, (-1, size)).split((heads, kv_heads, kv_heads), dim=2)
+        if weights:
+            q, k = (F.rms_norm(x, (size,), weight, 1e-5) for x, weight in zip((q, k), weights, strict=True))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         return reference_attention(q, k, v, layout.packed(documents, "dense")).flatten(2)
 
     # `spans_of` cuts padding into short documents, so what padding sees is not compared.
     real = (documents != PAD_DOCUMENT)[..., None]
-    compare(lambda x: ours(x) * real, lambda x: definition(x) * real, [qkv])
+    compare(lambda *x: ours(*x) * real, lambda *x: definition(*x) * real, [qkv, *norms])
 
 
 @DTYPES
