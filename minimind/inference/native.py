@@ -18,13 +18,13 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from minimind.inference.build import library
 from minimind.model.attention import Attention
 from minimind.model.cache import KVCache
 from minimind.model.feed_forward import FeedForward
 from minimind.model.norm import RMSNorm
 from minimind.model.rope import angles, inverse_frequencies
 from minimind.model.transformer import Decoder, Layer, Transformer
+from minimind.native.build import library
 
 SOURCE = Path(__file__).with_name("native.cpp")
 

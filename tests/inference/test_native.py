@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimind.inference import build, native, runner
+from minimind.inference import native, runner
 from minimind.inference.engine import Engine
 from minimind.inference.native import SOURCE, NativeStep
 from minimind.inference.sampling import SamplingParams
 from minimind.model.cache import KVCache
 from minimind.model.config import ModelConfig
 from minimind.model.transformer import Transformer
+from minimind.native import build
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 
@@ -367,33 +368,14 @@ def test_a_cache_folder_that_cannot_be_made_is_no_error(
     assert len(said) == 1
 
 
-def test_the_switch_turns_it_off(unbuilt: Path, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MINIMIND_NATIVE", "0")
-    assert build.library(SOURCE) is None
-    assert not unbuilt.exists()
-    assert said == []
-
-
 SMALL = 'extern "C" int answer() { return %d; }\n'
-
-
-def test_what_was_built_is_kept_until_the_source_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, folder = tmp_path / "small.cpp", tmp_path / "folder"
-    source.write_text(SMALL % 1)
-    first = build.built(source, folder)
-    stamp = first.stat().st_mtime_ns
-    assert build.built(source, folder) == first
-    assert first.stat().st_mtime_ns == stamp
-    source.write_text(SMALL % 2)
-    assert build.built(source, folder) != first
-    assert len(list(folder.iterdir())) == 2
 
 
 def test_processes_that_build_at_once_all_get_a_whole_library(tmp_path: Path) -> None:
     source, folder = tmp_path / "small.cpp", tmp_path / "folder"
     source.write_text(SMALL % 42)
     code = (
-        "import ctypes, sys; from pathlib import Path; from minimind.inference.build import built;"
+        "import ctypes, sys; from pathlib import Path; from minimind.native.build import built;"
         "print(ctypes.CDLL(str(built(Path(sys.argv[1]), Path(sys.argv[2])))).answer())"
     )
     command = [sys.executable, "-c", code, str(source), str(folder)]
