@@ -187,7 +187,7 @@ CONTENDERS = [
     LIMITS,
     *(
         contest.Contender(f"minimind {name}", partial(ours, dtype=dtype))
-        for name, dtype in (("fp32", "float32"), ("bf16", "bfloat16"))
+        for name, dtype in (("fp32", "float32"), ("bf16", "bfloat16"), ("int8", "int8"))
     ),
     *(
         contest.Contender(f"transformers {name}", partial(transformers, dtype=dtype), is_peer=True)
@@ -201,6 +201,13 @@ CONTENDERS = [
         for dtype in ("f32", "f16", "q8_0")
     ),
 ]
+
+PAIRS = (
+    *((f"minimind {name}", "transformers fp32") for name in ("fp32", "bf16", "int8")),
+    ("minimind bf16", "transformers bf16"),
+    *((f"minimind {a}", f"llama.cpp {b}") for a, b in (("fp32", "f32"), ("bf16", "f16"), ("int8", "q8_0"))),
+)
+"""Whom we compare with whom: weights of like size, and the plainest way to decode."""
 
 
 def write_model(folder: Path) -> dict[str, Any]:
@@ -243,7 +250,12 @@ def main() -> None:
             contest.report(title, results, peers, ceilings=ceilings)
             said = {found.get("beginnings_crc") for name, found in results.items() if name.endswith((" fp32", " f32"))}
             print("the float32 contenders say", "the same" if len(said) == 1 else f"DIFFERENT THINGS: {said}")
-            outcome[f"{streams} streams"] = {"new_tokens": new_tokens, **results}
+            speeds = {
+                name: found["tokens_per_second"] for name, found in results.items() if "tokens_per_second" in found
+            }
+            ratios = {f"{a} / {b}": speeds[a] / speeds[b] for a, b in PAIRS if a in speeds and b in speeds}
+            print(*(f"{ratio:6.2f}  {pair}" for pair, ratio in ratios.items()), sep="\n")
+            outcome[f"{streams} streams"] = {"new_tokens": new_tokens, "ratios": ratios, **results}
     contest.write("decoding", outcome)
 
 
