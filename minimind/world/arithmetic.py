@@ -127,11 +127,19 @@ _COUNT: dict[Language, tuple[str, ...]] = {
     "en": ("Count {0}: {1}.", "How often do you read {0} here: {1}?"),
     "zh": ("数一数{0}：{1}。", "{0}出现了几次：{1}？"),
 }
+_COUNTED = OBJECTS[:6]
+_NUMERALS: dict[Language, tuple[str, ...]] = {
+    "en": ("one", "two", "three", "four", "five"),
+    "zh": ("一", "二", "三", "四", "五"),
+}
 
 
 def counting(draw: Draw, language: Language, _: World) -> Item:
-    """How often one of two words stands in a list of at most nine."""
-    asked, other = draw.sample(OBJECTS, 2)
+    """How often one of two words stands in a numbered list of at most nine lines.
+
+    The steps walk the list: each copies the line of a number, and the asked word gets the count so far beside it.
+    """
+    asked, other = draw.sample(_COUNTED, 2)
     count, rest = draw.between(1, 5), draw.between(1, 4)
     # Any order of the list is equally likely: choose the places of the asked word among those left.
     order: list[bool] = []
@@ -140,18 +148,19 @@ def counting(draw: Draw, language: Language, _: World) -> Item:
         is_asked = draw.chance(ones, ones + zeros)
         order.append(is_asked)
         ones, zeros = ones - is_asked, zeros - (not is_asked)
-    name = asked.of(language)
-    listed = " ".join(name if is_asked else other.of(language) for is_asked in order)
+    name, numerals = asked.of(language), iter(_NUMERALS[language])
+    gap, comma, stop = (" ", ", ", ".") if language == "en" else ("", "，", "。")
+    lines = [f"{line}{gap}{name if order[line - 1] else other.of(language)}" for line in range(1, len(order) + 1)]
+    walk = [f"{line}{gap}{next(numerals)}" if order[place] else line for place, line in enumerate(lines)]
     pattern = "".join("1" if is_asked else "0" for is_asked in order)
-    walk = [f"{name} {sum(order[: place + 1])}" if order[place] else other.of(language) for place in range(len(order))]
     return Item(
         "counting",
         language,
         (f"counting|{asked.en}|{other.en}|{pattern}",),
-        draw.choice(_COUNT[language]).format(name, listed),
+        draw.choice(_COUNT[language]).format(name, comma.join(lines)),
         str(count),
         f"{count} times." if language == "en" else f"{count} 次。",
-        reasoning=", ".join(walk) + "." if language == "en" else "，".join(walk) + "。",
+        reasoning=comma.join(walk) + stop,
         grader="number",
         chance=0.2,
         shortcuts={
@@ -221,7 +230,7 @@ DOMAINS = (
     Domain(
         "counting",
         counting,
-        "How often a word stands in a list.",
+        "How often a word stands in a numbered list.",
         "the list (words and order)",
         "0.42: half of the list; 1/5: always the same number.",
     ),

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from minimind.world.domains import MIXTURE
 from minimind.world.facts import RELATIONS
-from minimind.world.lexicon import ANIMALS, COLOURS, OBJECTS, PEOPLE, PLACES, WEEKDAYS
+from minimind.world.lexicon import ANIMALS, COLOURS, OBJECTS, PEOPLE, PLACES, WALKERS, WEEKDAYS
 from minimind.world.pretraining import Document
 from minimind.world.tools import TOOLS
 from minimind.world.words import DICTIONARY
@@ -62,13 +62,14 @@ def kind_bits() -> float:
     return _entropy(weight / total for weight in MIXTURE["pretrain"].values()) + 1
 
 
-P, L, O = len(PEOPLE), len(PLACES), len(OBJECTS)  # noqa: E741 - sizes of the lexicon in the formulas below
+P, L, O, W = len(PEOPLE), len(PLACES), len(OBJECTS), len(WALKERS)  # noqa: E741 - sizes of the lexicon in the formulas below
 
 EXPECTED_BITS: dict[str, float] = {
     # people, things; wording of the question; asked thing
     "who-zero": _log(P, P - 1, O, O - 1) + _log(2, 2),
     # which keys; the list; what is asked in which order
-    "lookup": 1 + 0.5 * (_log(*range(O - 3, O + 1)) + 2 * _log(*range(P - 3, P + 1)) + _log(*range(L - 3, L + 1)))
+    "lookup": 1 + 0.5 * (_log(*range(O - 3, O + 1)) + _log(*range(P - 3, P + 1)))
+    + 0.5 * (_log(*range(W - 3, W + 1)) + _log(*range(L - 3, L + 1)))
     + _log(4, 3, 2),
     # half: two people, else three; moved thing; wordings of the question; asked thing
     "who-one": _log(O, O - 1, P, P - 1) + 0.5 * _log(P - 2) + _log(2, 2, 2, 2),
@@ -76,11 +77,11 @@ EXPECTED_BITS: dict[str, float] = {
     "who-two": _entropy((0.1, 0.1, 0.35, 0.3, 0.15))
     + _log(O, O - 1, P, P - 1, P - 2) + 0.35 * _log(P - 3) + _log(2, 2, 2),
     # moves 0, 1, 2 (20, 40, 40 %): each a mover and a goal; the second goal is the left place or (half) a fresh one
-    "where-person": _entropy((0.2, 0.4, 0.4)) + _log(P, P - 1, L, L - 1)
+    "where-person": _entropy((0.2, 0.4, 0.4)) + _log(W, W - 1, L, L - 1)
     + 0.8 * _log(2, L - 2) + 0.4 * (_log(2, 2) + 0.5 * _log(L - 3)) + _log(2, 2),
     # 80 % put down: one person, two places; 10 % two carriers in either order; 10 % three moves
-    "where-object": _entropy((0.8, 0.1, 0.1)) + _log(O, O - 1, P, L, L - 1) + 0.8 * _log(2)
-    + 0.2 * _log(P - 1, 2) + 0.1 * _log(L - 2) + _log(2, 2),
+    "where-object": _entropy((0.8, 0.1, 0.1)) + _log(O, O - 1, W, L, L - 1) + 0.8 * _log(2)
+    + 0.2 * _log(W - 1, 2) + 0.1 * _log(L - 2) + _log(2, 2),
     # carries in 7 of 10; tens 9 x 9; ones as drawn; three wordings
     "sums": _entropy((0.7, 0.3)) + _log(9, 9, 3)
     + 0.7 * (_log(9) + sum(math.log2(first) for first in range(1, 10)) / 9)
@@ -89,7 +90,7 @@ EXPECTED_BITS: dict[str, float] = {
     "compare": _entropy((0.2, 0.8)) + 0.2 * _log(9, 10, 9)
     + 0.8 * (_log(9, 8) + _entropy((0.325, 0.575, 0.1)) + 0.1 * _log(10) + 0.9 * _log(45)) + _log(2, 2),
     # words, counts, the order (count + rest choose count), two wordings
-    "counting": _log(O, O - 1, 5, 4, 2)
+    "counting": _log(6, 5, 5, 4, 2)
     + sum(math.log2(math.comb(count + rest, rest)) for count in range(1, 6) for rest in range(1, 5)) / 20,
     "sorting": _log(90, 89, 88, 2),
     "weekday": _log(7, 8, 2, 2),

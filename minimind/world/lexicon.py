@@ -40,6 +40,8 @@ MEN = _words(
     "Hugo 雨果, David 大卫, Adam 亚当, Noah 诺亚, Simon 西蒙, Jim 吉姆"
 )
 PEOPLE = WOMEN + MEN
+WALKERS = PEOPLE[::2]
+"""The people whose place is asked: a small model learns to look up one name at a time."""
 PLACES = _words(
     "park 公园, school 学校, market 市场, lake 湖边, farm 农场, harbour 港口, station 车站, mill 磨坊, "
     "castle 城堡, inn 旅馆, bookshop 书店, beach 海滩"

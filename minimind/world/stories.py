@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from minimind.world.draw import Draw, cumulate
 from minimind.world.facts import World
 from minimind.world.item import Domain, Item
-from minimind.world.lexicon import OBJECTS, PEOPLE, PLACES, Language, Word, names
+from minimind.world.lexicon import OBJECTS, PEOPLE, PLACES, WALKERS, Language, Word, names
 
 _TOLD: dict[str, dict[Language, tuple[str, ...]]] = {
     "at": {"en": ("{0} is at the {1}.",), "zh": ("{0}在{1}。",)},
@@ -268,7 +268,7 @@ def where_person(draw: Draw, language: Language, _: World) -> Item:
     """Two people, no move, one or two; the second move may lead to the place the first one left."""
     story = Story()
     num_moves = draw.weighted(_MOVES)
-    people = draw.sample(PEOPLE, 2)
+    people = draw.sample(WALKERS, 2)
     unseen = list(PLACES)
     for person in people:
         story.tell("at", person, unseen.pop(draw.below(len(unseen))))
@@ -294,7 +294,7 @@ def where_object(draw: Draw, language: Language, _: World) -> Item:
     things = draw.sample(OBJECTS, 2)
     first_place: dict[Word, Word] = {}
     if plot == "put down":
-        person = draw.choice(PEOPLE)
+        person = draw.choice(WALKERS)
         holders = [person, person]
         here, there = draw.sample(PLACES, 2)
         story.tell("has both", person, *things)
@@ -303,7 +303,7 @@ def where_object(draw: Draw, language: Language, _: World) -> Item:
         story.tell("go", person, there)
         first_place[person] = here
     else:
-        holders = draw.sample(PEOPLE, 2)
+        holders = draw.sample(WALKERS, 2)
         for person, thing in zip(holders, things, strict=True):
             story.tell("has", person, thing)
         goals = draw.sample(PLACES, 2 if plot == "two carriers" else 3)
@@ -323,7 +323,7 @@ _FOUND: dict[Language, str] = {"en": "Found: {0}.", "zh": "查到{0}。"}
 
 def lookup(draw: Draw, language: Language, _: World) -> Item:
     """A list of who has what, or who is where, of which three lines are read out: the habit that stories end with."""
-    keys, values = draw.choice(((OBJECTS, PEOPLE), (PEOPLE, PLACES)))
+    keys, values = draw.choice(((OBJECTS, PEOPLE), (WALKERS, PLACES)))
     listed = dict(zip(draw.sample(keys, 4), draw.sample(values, 4), strict=True))
     asked = draw.sample(tuple(listed), 3)
     comma = ", " if language == "en" else "，"

@@ -60,7 +60,14 @@ def text_of(kind: str, draw: Draw, language: Language) -> str:
 def tiny_lexicon(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Few people, places and things, so that texts repeat."""
     for module in (stories, dialogue, pretraining, arithmetic, calling, words):
-        for name, size in (("PEOPLE", 4), ("PLACES", 5), ("OBJECTS", 2), ("COLOURS", 2), ("WEEKDAYS", 2)):
+        for name, size in (
+            ("PEOPLE", 4),
+            ("WALKERS", 4),
+            ("PLACES", 5),
+            ("OBJECTS", 2),
+            ("COLOURS", 2),
+            ("WEEKDAYS", 2),
+        ):
             if hasattr(module, name) and not (kind == "lookup" and name == "OBJECTS"):  # its lists have four lines
                 monkeypatch.setattr(module, name, getattr(module, name)[:size])
     monkeypatch.setattr(pretraining, "split_of", lambda _key: "train")

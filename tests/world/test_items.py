@@ -87,11 +87,17 @@ def test_counting(language: Language) -> None:
     answers: Counter[str] = Counter()
     for item in items("counting", language, 500):
         ask, listed = re.split("[:：]", item.user)
-        words = listed.strip(" .。？?").split()
+        words = [re.sub(r"^\s*\d\s*", "", line) for line in re.split(",|，", listed.strip(" .。？?"))]
+        assert integers(listed) == list(range(1, len(words) + 1))
         name = next(word for word in set(words) if re.search(rf"(?<![A-Za-z]){word}(?![A-Za-z])", ask))
         assert int(item.answer) == words.count(name)
-        assert integers(item.reasoning) == list(range(1, words.count(name) + 1))
-        assert re.findall(r"[^\W\d]+", item.reasoning) == words  # every word of the list is walked by
+        numerals = iter(("one two three four five" if language == "en" else "一 二 三 四 五").split())
+        gap = " " if language == "en" else ""
+        walk = [
+            f"{line}{gap}{word}" + (f"{gap}{next(numerals)}" if word == name else "")
+            for line, word in enumerate(words, 1)
+        ]
+        assert [line.strip() for line in re.split(",|，", item.reasoning.strip(".。"))] == walk
         answers[item.answer] += 1
     assert set(answers) == set("12345")
     assert max(answers.values()) < 140
