@@ -174,10 +174,11 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, q_norm = ctx.saved_tensors[0], ctx.saved_tensors[4]
+        inputs = ctx.saved_tensors  # once: gradient checkpointing computes them anew each time
+        qkv, q_norm = inputs[0], inputs[4]
         grad, size = torch.empty_like(qkv), ctx.numbers[3]
         partial = torch.zeros(_num_threads(), 2, size)
-        _call("attention_backward", qkv.dtype, *ctx.saved_tensors, grads[0].contiguous(), grad, partial, *ctx.numbers)
+        _call("attention_backward", qkv.dtype, *inputs, grads[0].contiguous(), grad, partial, *ctx.numbers)
         grad_norms = (None, None) if q_norm is None else partial.sum(0).unbind()
         return grad, None, None, None, *grad_norms, None, None, None
 
