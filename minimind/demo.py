@@ -90,7 +90,11 @@ def run(config: Config) -> Path:
     files = (world / "pretrain.jsonl", world / "sft.jsonl")
     tokenizer = train_tokenizer.run(
         train_tokenizer.Config(
-            files=files, out=config.out / "tokenizer", vocab_size=VOCAB_SIZE, max_token_bytes=LONGEST_TOKEN
+            files=files,
+            out=config.out / "tokenizer",
+            vocab_size=VOCAB_SIZE,
+            max_token_bytes=LONGEST_TOKEN,
+            max_rows=20_000,
         )
     )
 

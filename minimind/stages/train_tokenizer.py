@@ -6,6 +6,7 @@ and tool schemas become short too. It reports how short it writes each language.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,6 +40,8 @@ class Config:
     """Write every digit as a token of its own, so that numbers can be computed with."""
     min_frequency: int = 2
     """How often a pair must occur to be merged."""
+    max_rows: int = 0
+    """Learn from at most so many rows of each file, 0: all of them."""
     max_token_bytes: int = 0
     """Longest token in bytes, 0: any length. On little Chinese text 8 (two characters) keeps whole phrases, in which a
     small model cannot see the words, from becoming tokens."""
@@ -52,6 +55,8 @@ class Config:
         found = [] if self.files else ["data: no file to learn from; give --data FILE ..."]
         if self.min_frequency < 1:
             found.append(f"min_frequency = {self.min_frequency}: at least 1")
+        if self.max_rows < 0:
+            found.append(f"max_rows = {self.max_rows}: 0 (all rows) or more")
         if self.max_token_bytes < 0 or self.max_token_bytes == 1:
             found.append(f"max_token_bytes = {self.max_token_bytes}: 0 (any length) or at least 2")
         if self.out.exists() and not self.out.is_dir():
@@ -71,7 +76,7 @@ def run(config: Config) -> "Tokenizer":
             raise ConfigError(f"chat_template = {config.chat_template}: no such file; name a Jinja template")
         bytes_only.chat_template = config.chat_template.read_text(encoding="utf-8")
     tokenizer = train(
-        texts(config.files, bytes_only),
+        texts(config.files, bytes_only, config.max_rows),
         config.vocab_size,
         single_digits=config.single_digits,
         min_frequency=config.min_frequency,
@@ -83,15 +88,16 @@ def run(config: Config) -> "Tokenizer":
     return tokenizer
 
 
-def texts(files: Sequence[Path], tokenizer: "Tokenizer") -> Iterator[str]:
-    """Yield the text of every row, conversations as the chat template renders them. DataError for a bad row."""
+def texts(files: Sequence[Path], tokenizer: "Tokenizer", max_rows: int = 0) -> Iterator[str]:
+    """Yield the text of every row (of the first `max_rows` of each file), conversations as the chat template renders
+    them. DataError for a bad row."""
     from minimind.data import conversation, text
     from minimind.data.jsonl import read_rows
     from minimind.errors import DataError
     from minimind.tokenizer.chat import render_text
 
     for file in files:
-        for row in read_rows(file):
+        for row in islice(read_rows(file), max_rows or None):
             if "text" in row.data:
                 found, problems = text.read(row.data)
             else:
