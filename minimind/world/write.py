@@ -33,9 +33,9 @@ class Sizes:
 
     preset: str = ""
     """quick, demo or full; the fields below override it."""
-    pretrain: int = 75_000
+    pretrain: int = 60_000
     """Training rows of pretrain."""
-    sft: int = 90_000
+    sft: int = 78_000
     """Training rows of sft."""
     reason: int = 4_000
     """Training rows of reason."""
