@@ -62,7 +62,7 @@ class TrainingConfig:
     fresh: bool = False
     """Start again: earlier checkpoints in `out` are moved aside."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; auto: on a GPU, and on a CPU where the run is long enough to earn it back."""
+    """torch.compile; auto: on a GPU."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     trackers: tuple[Literal["wandb", "swanlab", "tensorboard"], ...] = ()

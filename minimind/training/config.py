@@ -81,7 +81,7 @@ class LoopConfig:
     device: str = "auto"
     """cpu, cuda, cuda:N, mps, or auto."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; auto: on a GPU, and on a CPU where the run is long enough to earn the compilation back."""
+    """torch.compile; auto: on a GPU."""
     seed: int = 0
     """Seed of everything random in the loop (dropout); the order of the data has its own copy in the source."""
     trackers: tuple[str, ...] = ()

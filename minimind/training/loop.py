@@ -207,7 +207,7 @@ class _Training:
             steps=loop.steps,
             device=device,
             dtype=pick_dtype(loop.dtype, device, num_parameters=model_config.num_parameters()[0]),
-            is_compiled=self._is_compiled(),
+            is_compiled=is_compiling_worth_it(loop.compile, device),
             inspection_dir=run.path / "diverged",
         )
         if found:
@@ -278,15 +278,6 @@ class _Training:
 
     def _settings(self) -> dict[str, Any]:
         return {"steps": self.loop.steps, "seed": self.loop.seed, "dtype": self.loop.dtype, **to_dict(self.optim)}
-
-    def _is_compiled(self) -> bool:
-        flops, steps_left = 0.0, self.loop.steps - self.at.step
-        if self.loop.compile == "auto" and self.batches.prefetch and steps_left > 0:
-            first = self.batches.micro_batches(self.at.step)
-            tokens = steps_left * sum(batch.input_ids.numel() for batch in first)
-            flops = tokens * self.model_config.flops_per_token(first[0].input_ids.shape[1])
-        num_parameters = self.model_config.num_parameters()[0]
-        return is_compiling_worth_it(self.loop.compile, self.device, num_parameters=num_parameters, flops=flops)
 
 
 def _is_due(every: int, step: int) -> bool:

@@ -6,7 +6,9 @@ It knows no run and no checkpoint; where it must leave something for inspection 
 import contextlib
 import json
 import math
+import os
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +21,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from minimind.batch import PAD_DOCUMENT, Batch, Output
 from minimind.errors import ConfigError, DivergedError, OutOfResourcesError
+from minimind.native.build import cache_folder
 from minimind.runtime import distributed
 from minimind.runtime.device import autocast
+from minimind.runtime.log import get_logger
 from minimind.training.config import OptimConfig
 from minimind.training.optim import LossScaler, Optimizer, global_norm
 from minimind.training.schedule import lr_factor
 
 if TYPE_CHECKING:
     from minimind.model.transformer import Transformer
+
+_log = get_logger("training")
 
 Objective = Callable[[Output, Batch], tuple[Tensor, dict[str, Tensor]]]
 
@@ -59,6 +65,9 @@ class Stepper:
         self.objective, self.optimizer, self.config, self.steps = objective, optimizer, config, steps
         self.device, self.dtype, self.inspection_dir = device, dtype, inspection_dir
         self.scaler = LossScaler(enabled=dtype == torch.float16)
+        if is_compiled:  # read by torch when it compiles; its own default is lost when the machine starts anew
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
+        self.must_compile = is_compiled
         # The wrappers stay in here: whoever saves, validates or samples has the bare model, whose names have no prefix.
         self.forward: torch.nn.Module = torch.compile(model) if is_compiled else model  # pyright: ignore[reportAttributeAccessIssue] - a module comes back for a module
         if distributed.world_size() > 1:
@@ -72,6 +81,7 @@ class Stepper:
         Raises DivergedError, on every rank and with no weight changed on any, when loss or gradient is not finite.
         """
         totals = self._totals(micro_batches)
+        start = time.perf_counter()
         try:
             sums = self._accumulate(micro_batches, totals)
         except torch.OutOfMemoryError as error:
@@ -80,6 +90,10 @@ class Stepper:
                 f"step {step + 1}: {self.device} has no memory for a micro-batch of {rows} x {length} tokens; "
                 f"halve --micro-batch-tokens, which changes no number. {str(error).splitlines()[0]}"
             ) from error
+        if self.must_compile:
+            self.must_compile = False
+            seconds, where = time.perf_counter() - start, os.environ["TORCHINDUCTOR_CACHE_DIR"]
+            _log.info("compiled, with the first step, in %.0f s; kept for the next run in %s", seconds, where)
         gradients, scale = self.optimizer.gradients(), self.scaler.scale
         # The one moment of a step in which the processor waits for the device.
         *means, norm = torch.stack([*sums.values(), global_norm(gradients).to(torch.float32)]).tolist()
@@ -157,15 +171,11 @@ class Stepper:
         )
 
 
-def is_compiling_worth_it(mode: str, device: torch.device, *, num_parameters: int, flops: float) -> bool:
-    """Whether to compile: always on a GPU; on a CPU when a run of `flops` earns back the minute that compilation takes.
+def is_compiling_worth_it(mode: str, device: torch.device) -> bool:
+    """Whether to compile: unless on or off is asked for, on a GPU with a C++ compiler, which the back end calls.
 
-    Assumes 1e11 operations a second and a fifth of the time saved; small models are bound by other things.
+    Not on a CPU: what compiling would fuse there, the kernels of `minimind.native` do, and a compiled step is slower.
     """
     if mode != "auto":
         return mode == "on"
-    if not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
-        return False  # both back ends call one
-    if device.type == "cuda":
-        return True
-    return device.type == "cpu" and num_parameters >= 10_000_000 and 0.2 * flops / 1e11 > 2 * 60
+    return device.type == "cuda" and any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl"))

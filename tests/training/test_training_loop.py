@@ -327,12 +327,13 @@ def test_a_crash_at_any_point_of_a_save_is_resumed(
 
 
 @pytest.mark.slow
-def test_compiled_training_agrees_and_saves_plain_names(tmp_path: Path) -> None:
+def test_compiled_training_agrees_and_saves_plain_names(tmp_path: Path, messages: list[str]) -> None:
     # "eager" traces as every back end does, and needs no compiler of C++.
     real = torch.compile
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", lambda model: real(model, backend="eager"))  # type: ignore[no-untyped-call]
         compiled = tiny_fit(tmp_path / "compiled", steps=5, compile="on")
+    assert sum(message.startswith("compiled, with the first step, in ") for message in messages) == 1
     plain = tiny_fit(tmp_path / "plain", steps=5)
     assert compiled.metrics["train_loss"] == pytest.approx(plain.metrics["train_loss"], rel=1e-5)
     assert set(checkpoint.read(compiled.checkpoint).model_state) == set(Transformer(DENSE).state_dict_for_disk())
@@ -340,19 +341,14 @@ def test_compiled_training_agrees_and_saves_plain_names(tmp_path: Path) -> None:
 
 def test_compiling_only_where_it_pays() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    large: dict[str, Any] = {"num_parameters": 26_000_000, "flops": 1e15}
-    short: dict[str, Any] = {"num_parameters": 26_000_000, "flops": 1e12}
-    small: dict[str, Any] = {"num_parameters": 1_000_000, "flops": 1e15}
-    assert is_compiling_worth_it("on", cpu, num_parameters=1, flops=1)
-    assert not is_compiling_worth_it("off", cuda, **large)
+    assert is_compiling_worth_it("on", cpu)
+    assert not is_compiling_worth_it("off", cuda)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("shutil.which", lambda name: f"/bin/{name}")
-        assert is_compiling_worth_it("auto", cuda, num_parameters=1, flops=1)
-        assert is_compiling_worth_it("auto", cpu, **large)
-        assert not is_compiling_worth_it("auto", cpu, **short)
-        assert not is_compiling_worth_it("auto", cpu, **small)
+        assert is_compiling_worth_it("auto", cuda)
+        assert not is_compiling_worth_it("auto", cpu)
         patch.setattr("shutil.which", lambda _: None)
-        assert not is_compiling_worth_it("auto", cuda, **large)
+        assert not is_compiling_worth_it("auto", cuda)
 
 
 def test_impossible_settings_are_all_named() -> None:
