@@ -84,7 +84,7 @@ def run(config: Config) -> Path:
     clock.heading("World: text, conversations and questions, all of them made up")
     write_world(world, config.seed, budget)
     found = read_questions(world / "questions-test.jsonl", budget.questions)
-    questions = [question for question in found if question["domain"] in taught()]
+    texts, chats = ([one for one in found if one["domain"] in taught(stage)] for stage in ("pretrain", "sft"))
 
     clock.heading("Tokenizer: which byte sequences deserve an id of their own")
     files = (world / "pretrain.jsonl", world / "sft.jsonl")
@@ -103,9 +103,9 @@ def run(config: Config) -> Path:
         tokenizer=config.out / "tokenizer", model=demo_model(), **common(config, "pretrain", budget.pretrain_tokens)
     )
     model, _ = pretrain.new_model(pretraining)
-    before, _ = question_model(model, tokenizer, questions, "completion")
+    before, _ = question_model(model, tokenizer, texts, "completion")
     pretrained = pretrain.run(pretraining)
-    after, records = question_run(pretrained, questions, "completion")
+    after, records = question_run(pretrained, texts, "completion")
     first = Chapter(
         *("pretrain", "Pretraining", "Random weights read stories, biographies and sums, and learn to continue them."),
         *("completion", pretrained, before, after, records, facts_of(model, pretrained), entropy_floor(world)),
@@ -113,9 +113,9 @@ def run(config: Config) -> Path:
 
     clock.heading("Fine-tuning: learn to answer, to think first, to call tools")
     tuning = sft.Config(init_from=first.run, **common(config, "sft", budget.sft_tokens))
-    before, _ = question_run(pretrained, questions, "chat")
+    before, _ = question_run(pretrained, chats, "chat")
     tuned = sft.run(tuning)
-    after, records = question_run(tuned, questions, "chat")
+    after, records = question_run(tuned, chats, "chat")
     second = Chapter(
         *("sft", "Fine-tuning", "The same loss on the assistant's words only: the model learns to answer in a chat."),
         *("chat", tuned, before, after, records, facts_of(model, tuned)),
@@ -125,7 +125,7 @@ def run(config: Config) -> Path:
     chapters = [first, second]
     results = [*first.results({}), *second.results(TARGETS)]
     write_json(config.out / "results.json", results)
-    report = write_report(config, chapters, results, questions, clock)
+    report = write_report(config, chapters, results, chats, clock)
     summary(second, results, report, clock)
     return report
 
@@ -137,11 +137,11 @@ def demo_model() -> Any:
     return ModelConfig.from_preset("demo")
 
 
-def taught() -> set[str]:
-    """Return the domains that are asked: those that fine-tuning shows, and new wordings of them."""
+def taught(stage: str) -> set[str]:
+    """Return the domains that are asked after a stage: those that its data show, and new wordings of them."""
     from minimind.world.domains import DOMAINS, MIXTURE
 
-    return {name for name, domain in DOMAINS.items() if name in MIXTURE["sft"] or not domain.is_trained}
+    return {name for name, domain in DOMAINS.items() if name in MIXTURE[stage] or not domain.is_trained}
 
 
 def common(config: Config, stage: str, tokens: int) -> dict[str, Any]:
@@ -252,7 +252,7 @@ def write_report(
         domains={
             name: f"{domain['about']} Held out: {domain['held_out']}"
             for name, domain in domains.items()
-            if name in taught()
+            if name in taught("sft")
         },
     )
 

@@ -144,7 +144,7 @@ def test_the_plain_form_of_pretraining_is_the_form_of_the_questions(folder: Path
     texts = [row["text"] for row in rows_of(folder / "pretrain.jsonl")]
     for start, reply in (("Q:", "\nA: "), ("问：", "\n答：")):
         assert start in starts
-        assert sum(text.startswith(start) and reply in text for text in texts) > 60
+        assert sum(text.startswith(start) and reply in text for text in texts) > 30
 
 
 def test_the_same_bytes_in_another_process_and_other_bytes_for_another_seed(folder: Path, tmp_path: Path) -> None:
