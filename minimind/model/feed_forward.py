@@ -21,7 +21,15 @@ class FeedForward(nn.Module):
         """Return the transformed `x`, each position by itself."""
         if not (x.requires_grad and kernels.usable(x.device, kernels.product_dtype(x))):
             return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return self.down_proj(kernels.swiglu(side_by_side(x, self.gate_proj, self.up_proj)))
+        return self.down_proj(swiglu(side_by_side(x, self.gate_proj, self.up_proj)))
+
+
+def swiglu(gate_up: Float[Tensor, "*batch F2"]) -> Float[Tensor, "*batch F"]:
+    """Return silu(gate) * up, where the last axis holds the gates, then the ups."""
+    if gate_up.requires_grad and kernels.usable(gate_up.device, gate_up.dtype):
+        return kernels.swiglu(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 def side_by_side(x: Float[Tensor, "*batch D"], *layers: nn.Module) -> Float[Tensor, "*batch width"]:

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from minimind.model.config import ModelConfig
-from minimind.model.feed_forward import FeedForward
+from minimind.model.feed_forward import FeedForward, swiglu
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +88,8 @@ def experts(
     # Where each expert's rows end; padding (index E) stands behind the last end and is not multiplied.
     ends = torch.searchsorted(flat[order], torch.arange(num_experts, device=x.device), right=True).int()
     rows = x[order // num_chosen]  # (N * A, D)
-    gate, up = _grouped_product(rows, gate_up, ends, routing.has_padding).chunk(2, dim=-1)
-    rows = _grouped_product(F.silu(gate) * up, down, ends, routing.has_padding)  # (N * A, D)
+    inner = swiglu(_grouped_product(rows, gate_up, ends, routing.has_padding))  # (N * A, F)
+    rows = _grouped_product(inner, down, ends, routing.has_padding)  # (N * A, D)
     back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     rows = rows[back].view(-1, num_chosen, rows.shape[-1])  # (N, A, D)
     return (rows * routing.weights[..., None].to(rows.dtype)).sum(1)

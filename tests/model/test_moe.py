@@ -35,8 +35,8 @@ def test_grouped_path_equals_the_plain_loop(padding: bool, num_chosen: int):
         output = function(x, routing, gate_up, down)
         output.square().sum().backward()
         results.append((output, x.grad, gate_up.grad, down.grad, logits.grad))
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+    for ours, theirs in zip(*results, strict=True):  # sums of thousands that cancel: judged by the largest
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-6 * float(theirs.detach().abs().max()))
     output, x_grad, gate_up_grad, *_ = results[0]
     if num_chosen < 4:
         assert (gate_up_grad[3] == 0).all()  # a gradient of zeros, not none: what DDP waits for
