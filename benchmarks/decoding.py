@@ -84,6 +84,11 @@ def llama_cpp(task: contest.Task, *, dtype: str) -> contest.Round:
     import llama_cpp as lib  # pyright: ignore[reportMissingImports] - in the peers' environment only
     import numpy as np
 
+    @lib.llama_log_callback  # pyright: ignore[reportUntypedFunctionDecorator]
+    def silent(*_: Any) -> None:
+        """Say nothing."""
+
+    lib.llama_log_set(silent, None)
     lib.llama_backend_init()
     prompts, new_tokens = task["prompts"], task["new_tokens"]
     streams = len(prompts)
@@ -119,7 +124,7 @@ def llama_cpp(task: contest.Task, *, dtype: str) -> contest.Round:
             answers.append(likeliest())
         return [list(answer) for answer in zip(*answers, strict=True)]
 
-    return _round(generate)
+    return _round(generate, silent)  # the library calls it as long as it lives
 
 
 def write_gguf(folder: Path, dtype: str) -> Path:
@@ -165,14 +170,14 @@ def write_gguf(folder: Path, dtype: str) -> Path:
     return path
 
 
-def _round(generate: Callable[[], list[list[int]]]) -> contest.Round:
-    """Return a round of `generate`, which returns the new tokens of each stream."""
+def _round(generate: Callable[[], list[list[int]]], *kept: object) -> contest.Round:
+    """Return a round of `generate`, which returns the new tokens of each stream; `kept` lives as long as the round."""
     answers: list[list[int]] = []
 
     def answer() -> None:
         answers[:] = generate()
 
-    def play() -> dict[str, float]:
+    def play(_kept: object = kept) -> dict[str, float]:
         seconds = contest.timed(answer)
         beginnings = json.dumps([ids[:COMPARED_TOKENS] for ids in answers])
         return {
