@@ -4,8 +4,8 @@
 //
 // Arithmetic is float32; tensors are float32 or bfloat16 (`T`). Vectors are the compiler's own (16 floats, which it cuts to
 // what the processor has), so nothing here needs a certain processor; where AVX512-BF16 is there, its dot product is used.
-// Work is split among OpenMP's threads by rows or by documents. A thread's sums have a fixed order, so the same number of
-// threads gives the same bits.
+// Work is split among OpenMP's threads by rows or by documents. Every sum has a fixed order, so the same number of threads
+// gives the same bits.
 
 #include <algorithm>
 #include <cmath>
@@ -532,7 +532,8 @@ void attention_forward(const T* qkv, const float* cos, const float* sin, const i
 
 // With P the probabilities and U the upstream gradient of a head: dV = P^T U; dP = U V^T; dS = scale P (dP - rowsum(P dP));
 // dQ = dS K; dK = dS^T Q. P is computed anew, a block of queries at a time; dK and dV are summed turned, (size, keys).
-// `norm_partial` has a row for each thread: the gradients of q_norm, then of k_norm.
+// `norm_partial` has a row for each document and key head: the gradients of q_norm, then of k_norm. Not one for each thread:
+// which takes which document is not the same twice.
 template <class T>
 void attention_backward(const T* upstream, const T* qkv, const float* cos, const float* sin, const int64_t* spans, T* grad,
                         float* norm_partial, int64_t documents, Shape shape) {
@@ -564,7 +565,7 @@ void attention_backward(const T* upstream, const T* qkv, const float* cos, const
 
     const int64_t head = item % shape.kv_heads, begin = spans[item / shape.kv_heads];
     const int64_t length = spans[item / shape.kv_heads + 1] - begin, padded = up_to(length, W);
-    float* grad_q_norm = norm_partial + omp_get_thread_num() * 2 * size;
+    float* grad_q_norm = norm_partial + item * 2 * size;
     float* grad_k_norm = grad_q_norm + size;
     const int64_t along = padded / PER_UNIT<T>, key_head = shape.heads + head, value_head = key_head + shape.kv_heads;
     read_turned_head(qkv, key_head, begin, length, padded, cos, sin, shape.k_norm, key_rows, shape);

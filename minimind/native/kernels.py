@@ -177,7 +177,7 @@ class _Attention(torch.autograd.Function):
         inputs = ctx.saved_tensors  # once: gradient checkpointing computes them anew each time
         qkv, q_norm = inputs[0], inputs[4]
         grad, size = torch.empty_like(qkv), ctx.numbers[3]
-        partial = torch.zeros(_num_threads(), 2, size)
+        partial = torch.zeros(0 if q_norm is None else ctx.numbers[0] * ctx.numbers[2], 2, size)
         _call("attention_backward", qkv.dtype, *inputs, grads[0].contiguous(), grad, partial, *ctx.numbers)
         grad_norms = (None, None) if q_norm is None else partial.sum(0).unbind()
         return grad, None, None, None, *grad_norms, None, None, None

@@ -217,3 +217,34 @@ def test_other_devices_and_dtypes_are_left_to_pytorch() -> None:
     assert not kernels.usable(CPU, torch.float32, torch.float64)
     assert not kernels.usable(CPU, torch.float16)
     assert not kernels.usable(torch.device("meta"), torch.float32)
+
+
+@DTYPES
+def test_the_number_of_threads_changes_no_bit_but_of_the_norms_weight(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    documents = DOCUMENTS["padding"]
+    x, weight = torch.randn(200, 96, requires_grad=True), torch.rand(96, requires_grad=True)
+    angle = torch.rand(1, 100, 1, 8)
+    norms = torch.rand(2, 16, requires_grad=True)
+
+    def outcome() -> list[Tensor]:
+        normed = kernels.rms_norm(x, weight, 1e-5, dtype)
+        gated = kernels.swiglu(torch.cat((normed, normed), dim=-1)).view(2, 100, 96)
+        attended = kernels.attention(gated, angle, angle, spans_of(documents), 4, 1, (norms[0], norms[1], 1e-5))
+        logits = attended.detach().flatten(0, 1).clone()
+        losses, _ = kernels.cross_entropy_(logits, torch.arange(200) % 64, torch.ones(200), needs_grad=True)
+        grads = torch.autograd.grad(attended, (weight, norms, x), logits.view_as(attended))
+        return [*grads, attended.detach(), losses, logits]
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = outcome()
+        torch.set_num_threads(3)
+        together = [outcome() for _ in range(5)]
+    finally:
+        torch.set_num_threads(before)
+    for results in together:
+        assert all(torch.equal(one, other) for one, other in zip(results, together[0], strict=True))
+        assert all(torch.equal(one, other) for one, other in zip(results[1:], alone[1:], strict=True))
+        assert_same(results[0], alone[0], torch.float32)
