@@ -53,7 +53,7 @@ class Budget:
 
 
 QUICK = Budget("quick", 400_000, 400_000, 8)
-STANDARD = Budget("demo", 2_000_000, 8_000_000, 50)
+STANDARD = Budget("demo", 2_000_000, 6_500_000, 50)
 FULL = Budget("full", 12_000_000, 50_000_000, 100)
 
 VOCAB_SIZE = 1600

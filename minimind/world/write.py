@@ -35,7 +35,7 @@ class Sizes:
     """quick, demo or full; the fields below override it."""
     pretrain: int = 60_000
     """Training rows of pretrain."""
-    sft: int = 78_000
+    sft: int = 64_000
     """Training rows of sft."""
     reason: int = 4_000
     """Training rows of reason."""
