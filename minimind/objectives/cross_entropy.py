@@ -67,7 +67,7 @@ class _Fused(torch.autograd.Function):
         dtype = kernels.product_dtype(hidden)
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         needs_grad = needs_hidden or needs_head
-        of_chunk = _native_chunk if kernels.usable(hidden.device, dtype) else _chunk
+        is_native = kernels.usable(hidden.device, dtype)
         narrow_head = head.to(dtype)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_head = torch.zeros_like(head, dtype=torch.float32) if needs_head else None
@@ -77,7 +77,11 @@ class _Fused(torch.autograd.Function):
             part = slice(start, start + CHUNK)
             x = hidden[part].to(dtype)
             logits = x @ narrow_head.T  # (n, V)
-            losses, hits, grad = of_chunk(logits, labels[part], weights[part], needs_grad=needs_grad)
+            if is_native:  # one pass over each row, the gradient in place of the logits
+                losses, hits = kernels.cross_entropy_(logits, labels[part], weights[part], needs_grad=needs_grad)
+                grad = logits
+            else:
+                losses, hits, grad = _chunk(logits, labels[part], weights[part], needs_grad=needs_grad)
             loss_sum += losses.sum()
             correct += hits.sum()
             if not needs_grad:
@@ -114,11 +118,3 @@ def _chunk(logits: Tensor, labels: Tensor, weights: Tensor, *, needs_grad: bool)
     if needs_grad:
         exponentials.mul_(weight / normaliser).scatter_add_(1, target, -weight)
     return losses, weight * (argmax == target), exponentials
-
-
-def _native_chunk(
-    logits: Tensor, labels: Tensor, weights: Tensor, *, needs_grad: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what `_chunk` returns, in one pass over each row and with the gradient in place of the logits."""
-    losses, hits = kernels.cross_entropy_(logits, labels, weights, needs_grad=needs_grad)
-    return losses, hits, logits
