@@ -228,10 +228,10 @@ def main() -> None:
             title, results, [one.name for one in contenders if one.is_peer], ceilings=dict.fromkeys(results, ceiling)
         )
         outcome[name] = {"rows": rows, "flops_per_token": flops, "limit_tokens_per_second": ceiling, **results}
-    if "moe" in outcome:
-        outcome["moe"]["verdict"] = moe_verdict(outcome["moe"])
-        print(outcome["moe"]["verdict"])
-    contest.write("training_step", outcome)
+        if name == "moe":
+            outcome[name]["verdict"] = moe_verdict(outcome[name])
+            print(outcome[name]["verdict"])
+        contest.write("training_step", outcome)  # after each race: the second takes minutes
 
 
 def moe_verdict(race: dict[str, Any]) -> dict[str, float]:
