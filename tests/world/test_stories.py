@@ -175,6 +175,7 @@ def test_the_notes_follow_the_story_and_say_the_answer(name: str, language: Lang
             assert one in item.user
             assert other in item.user
             newest[one] = other
+        other = ""
         for pair in found:  # whoever has it first, then where she is
             assert pair
             one, other = (word for word in pair.groups() if word)
