@@ -26,8 +26,8 @@ that a conversation may go on about anything."""
 LONGEST = 4
 
 CALLING = ("calculator", "weather", "clock")
-CALLED_AGAIN_SHARE = 80
-"""After a tool's answer another question for a tool follows with this chance of 100, up to three in all: the schemas
+CALLED_AGAIN_SHARE, LONGEST_CALLING = 80, 3
+"""After a tool's answer another question for a tool follows with this chance of 100, up to so many in all: the schemas
 cost as many tokens as two questions, so they serve more than one."""
 
 RETOLD_SHARE = 10
@@ -81,13 +81,13 @@ def _items(file: str, world: World, split: Split, draw: Draw) -> Iterator[Item]:
 
 
 def _sft(world: World, split: Split, draw: Draw) -> Iterator[Row]:
-    alone, calling = (
-        cumulate({name: share for name, share in MIXTURE["sft"].items() if belongs(name)})
-        for belongs in (_is_single, CALLING.__contains__)
-    )
+    shares = MIXTURE["sft"]
+    alone = cumulate({name: share for name, share in shares.items() if _is_single(name)})
+    calling = cumulate({name: shares[name] for name in CALLING})
     for item in _items("sft", world, split, draw):
-        is_calling = item.domain in CALLING
-        kinds, longest, share = (calling, 3, CALLED_AGAIN_SHARE) if is_calling else (alone, LONGEST, JOINED_SHARE)
+        kinds, longest, share = alone, LONGEST, JOINED_SHARE
+        if item.domain in CALLING:
+            kinds, longest, share = calling, LONGEST_CALLING, CALLED_AGAIN_SHARE
         items = [item]
         while len(items) < longest and draw.chance(share, 100):
             items.append(draw_item(DOMAINS[draw.weighted(kinds)], draw, item.language, world, split))
