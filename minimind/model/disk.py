@@ -12,6 +12,9 @@ from torch import Tensor
 from minimind.errors import CheckpointError
 from minimind.model.families import Family
 
+MODEL = "model.safetensors"
+"""The file of a language model's weights."""
+
 _GRANITE = {
     "mlp.gate.weight": "block_sparse_moe.router.layer.weight",
     "mlp.experts.gate_up_proj": "block_sparse_moe.input_linear.weight",
@@ -106,6 +109,15 @@ def check(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     if found:
         raise CheckpointError(
             "weights do not belong to this model; " + "; ".join(found) + ". Load them with the config.json beside them"
+        )
+
+
+def check_files(files: dict[str, dict[str, Tensor]], expected: dict[str, dict[str, Tensor]]) -> None:
+    """Raise CheckpointError unless `files` has exactly the file names of `expected`."""
+    if files.keys() != expected.keys():
+        raise CheckpointError(
+            f"the checkpoint's weights are {', '.join(sorted(files))}, this model's are {', '.join(sorted(expected))}: "
+            "it was made by another kind of stage; give the run another --out, or start again with --fresh"
         )
 
 

@@ -22,6 +22,7 @@ from minimind.model.layout import Layout
 from minimind.model.moe import ExpertWeights, MixtureOfExperts
 from minimind.model.norm import RMSNorm
 from minimind.model.rope import angles, inverse_frequencies
+from minimind.model.weights import WeightsOnDisk
 
 
 class Layer(nn.Module):
@@ -68,7 +69,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
-class Transformer(nn.Module):
+class Transformer(WeightsOnDisk):
     """A causal language model of the shape `config`, initialised; the names of its weights are Hugging Face's."""
 
     def __init__(self, config: ModelConfig) -> None:

@@ -33,7 +33,7 @@ from minimind.training.signals import Cut, Signals
 from minimind.training.step import Objective, Stepper, is_compiling_worth_it
 
 if TYPE_CHECKING:
-    from minimind.model.transformer import Transformer
+    from minimind.model.weights import WeightsOnDisk
     from minimind.tokenizer.bpe import Tokenizer
 
 _log = get_logger("training")
@@ -88,7 +88,7 @@ class Position:
 
 
 def fit(
-    model: "Transformer",
+    model: "WeightsOnDisk",
     objective: Objective,
     batches: BatchSource,
     *,
@@ -175,7 +175,7 @@ class _Training:
 
     def __init__(
         self,
-        model: "Transformer",
+        model: "WeightsOnDisk",
         objective: Objective,
         batches: BatchSource,
         run: RunDirectory,
@@ -197,7 +197,7 @@ class _Training:
             batches.check_state(found.state["batches"])
             if load_state := getattr(batches, "load_state", None):
                 load_state(found.state["batches"])
-            model.load_disk_state_dict(found.model_state)
+            model.load_files(found.files)
             self.optimizer.load_state_dict(found.optimizer_state)
         self.stepper = Stepper(  # after loading: DDP hands the weights of rank 0 around when it is made
             model,
@@ -251,7 +251,7 @@ class _Training:
 
     def result(self) -> FitResult:
         """Return what the run has come to."""
-        digest = sha256_of_tensors(self.model.state_dict_for_disk(), self.optimizer.state_dict())
+        digest = sha256_of_tensors(*self.model.files_for_disk().values(), self.optimizer.state_dict())
         where = self.run.path / "checkpoints" / f"step-{self.at.step:06d}"
         _log.info("done: %s  state %s", where, digest)
         return FitResult(self.at.step, self.at.tokens, self.at.seconds, self.at.newest, where, digest)

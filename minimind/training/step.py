@@ -30,7 +30,7 @@ from minimind.training.optim import LossScaler, Optimizer, global_norm
 from minimind.training.schedule import lr_factor
 
 if TYPE_CHECKING:
-    from minimind.model.transformer import Transformer
+    from minimind.model.weights import WeightsOnDisk
 
 _log = get_logger("training")
 
@@ -51,7 +51,7 @@ class Stepper:
 
     def __init__(
         self,
-        model: "Transformer",
+        model: "WeightsOnDisk",
         objective: Objective,
         optimizer: Optimizer,
         config: OptimConfig,

@@ -14,15 +14,17 @@ from safetensors.torch import save_file
 from training.tiny_run import DENSE, MOE, tiny_tokenizer
 
 from minimind import checkpoint
+from minimind.checkpoint import directory
 from minimind.errors import CheckpointError, OutOfResourcesError
 from minimind.model.config import ModelConfig
+from minimind.model.disk import MODEL
 from minimind.model.transformer import Transformer
 from minimind.runtime import faults
 from minimind.runtime.integrity import sha256_of_tensors
 from minimind.tokenizer.bpe import Tokenizer
 
 NOT_WHILE_WRITING = ("start", "old-moved", "prune-renamed", "pruned")
-FILES = [*checkpoint.SMALL, *checkpoint.LARGE, "tokenizer_config.json", "chat_template.jinja", "MANIFEST.json"]
+FILES = [*directory.REQUIRED, MODEL, "tokenizer_config.json", "chat_template.jinja", "MANIFEST.json"]
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +104,31 @@ def test_round_trip(save: Callable[..., Path], tmp_path: Path, tokenizer: Tokeni
     assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
 
 
+class Shifted(Transformer):
+    """A model whose weights are two files, and which describes them."""
+
+    def files_for_disk(self) -> dict[str, dict[str, torch.Tensor]]:
+        return super().files_for_disk() | {"critic.safetensors": {"score.weight": torch.ones(1, 4)}}
+
+    def texts_for_disk(self) -> dict[str, str]:
+        return {"critic.json": '{"layers": 1}'}
+
+
+def test_the_model_says_which_files_its_weights_are(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    model = Shifted(DENSE)
+    rest: dict[str, Any] = {"model_config": DENSE, "tokenizer": tokenizer, "optimizer_state": {}, "state": {}}
+    path = checkpoint.save(tmp_path, 1, model=model, **rest)
+    assert (path / "critic.json").read_text() == '{"layers": 1}'
+    found = checkpoint.read(path)
+    assert set(found.files) == {MODEL, "critic.safetensors"}
+    assert found.files["critic.safetensors"]["score.weight"].shape == (1, 4)
+    checkpoint.load(path)  # the language model alone
+    with pytest.raises(CheckpointError, match="another kind of stage"):
+        Transformer(DENSE).load_files(found.files)
+    flip_bit(path / "critic.safetensors", 0.9)
+    assert "sha256" in checkpoint.verify(path)[0]
+
+
 def test_keeps_two_and_moves_latest(save: Callable[..., Path], tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         save(step)
@@ -171,7 +198,7 @@ def test_damage_to_any_file_is_found(save: Callable[..., Path], tmp_path: Path, 
 
 def test_swapped_files_and_directories_are_found(save: Callable[..., Path], tmp_path: Path) -> None:
     old, new = save(1), save(2)
-    shutil.copy(old / checkpoint.MODEL, new / checkpoint.MODEL)
+    shutil.copy(old / MODEL, new / MODEL)
     assert "sha256" in checkpoint.verify(new)[0]
     shutil.rmtree(new)
     shutil.copytree(old, new)
@@ -183,7 +210,7 @@ def test_swapped_files_and_directories_are_found(save: Callable[..., Path], tmp_
 
 def test_every_one_bad_is_an_error_and_changes_nothing(save: Callable[..., Path], tmp_path: Path) -> None:
     for step in (1, 2):
-        flip_bit(save(step) / checkpoint.MODEL, 0.9)
+        flip_bit(save(step) / MODEL, 0.9)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(CheckpointError, match=r"every checkpoint is bad.*step-000002.*step-000001.*--fresh"):
         checkpoint.find_latest(tmp_path)
@@ -194,7 +221,7 @@ def test_every_one_bad_is_an_error_and_changes_nothing(save: Callable[..., Path]
 
 def test_another_tokenizer_or_model_is_refused(save: Callable[..., Path], tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = save(1)
-    (path / checkpoint.MODEL).write_bytes(b"would be found bad only after the identity")
+    (path / MODEL).write_bytes(b"would be found bad only after the identity")
     stretched = replace(DENSE, original_max_position_embeddings=7)
     for look in (checkpoint.read_latest, checkpoint.check_identity):
         with pytest.raises(CheckpointError, match=r"tokenizer .*, here 0000.*--fresh"):
@@ -214,7 +241,7 @@ def test_a_hostile_manifest_reaches_no_other_directory(save: Callable[..., Path]
     (tmp_path / "secret").write_text("x")
     files = json.loads((path / "MANIFEST.json").read_text())["files"]
     entry = {"bytes": 1, "sha256": "0" * 64}
-    (path / "MANIFEST.json").write_bytes(checkpoint._manifest_bytes(1, {**files, "../../secret": entry}))
+    (path / "MANIFEST.json").write_bytes(directory._manifest_bytes(1, {**files, "../../secret": entry}))
     assert "altered" in checkpoint.verify(path)[0]
 
 
@@ -223,11 +250,11 @@ def test_a_hostile_manifest_reaches_no_other_directory(save: Callable[..., Path]
 
 def test_pruning_never_takes_the_last_good_one(save: Callable[..., Path], tmp_path: Path) -> None:
     good = save(1)
-    flip_bit(save(2) / checkpoint.MODEL, 0.9)
-    flip_bit(save(3) / checkpoint.MODEL, 0.9)
+    flip_bit(save(2) / MODEL, 0.9)
+    flip_bit(save(3) / MODEL, 0.9)
     if not good.exists():  # step 3 was good when it was written, so 1 was surplus then; put it back
         good = save(1)
-    checkpoint._prune(tmp_path, 2)
+    directory._prune(tmp_path, 2)
     assert good.exists()
     assert checkpoint.find_latest(tmp_path) == good
 

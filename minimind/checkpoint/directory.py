@@ -5,6 +5,7 @@
     RUN/latest -> checkpoints/step-000500
 
 Everything is safetensors or JSON; no pickle is read or written. The directory is a Transformers directory as it stands.
+Which files the weights are, the model says (`model/weights.py`): an adapter's and a critic's are named otherwise.
 A checkpoint appears by one rename of a complete, fsynced sibling, so there is never a half one under a visible name.
 It does not know what the optimizer's tensors or the loop's state mean, nor when a checkpoint is due.
 """
@@ -15,29 +16,29 @@ import json
 import re
 import shutil
 from dataclasses import dataclass, replace
-from difflib import SequenceMatcher
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from minimind.errors import CheckpointError, ConfigError, OutOfResourcesError
 from minimind.model.config import ModelConfig
+from minimind.model.disk import MODEL
 from minimind.runtime.faults import fault_point
 from minimind.runtime.integrity import fsync, read_json, read_tensors, sha256_of_file
 from minimind.runtime.log import get_logger
 
 if TYPE_CHECKING:
-    from minimind.model.transformer import Transformer
+    from minimind.model.weights import WeightsOnDisk
     from minimind.tokenizer.bpe import Tokenizer
 
 FORMAT = 1
-MODEL, OPTIMIZER, STATE, CONFIG = "model.safetensors", "optimizer.safetensors", "state.json", "config.json"
-TOKENIZER, MANIFEST, INDEX = "tokenizer.json", "MANIFEST.json", "model.safetensors.index.json"
-SMALL, LARGE = (CONFIG, STATE, TOKENIZER), (MODEL, OPTIMIZER)
+OPTIMIZER, STATE, CONFIG, TOKENIZER = "optimizer.safetensors", "state.json", "config.json", "tokenizer.json"
+MANIFEST, TENSORS = "MANIFEST.json", ".safetensors"
+REQUIRED = (CONFIG, STATE, TOKENIZER, OPTIMIZER)
+"""Beside these a checkpoint has at least one file of weights."""
 
 FAULT_POINTS = (
     "start", "temporary-made", "model-written", "optimizer-written", "state-written", "config-written",
@@ -58,19 +59,24 @@ class Checkpoint:
     path: Path
     step: int
     model_config: ModelConfig
-    model_state: dict[str, Tensor]
-    """By Hugging Face name, as `Transformer.load_disk_state_dict` takes it."""
+    files: dict[str, dict[str, Tensor]]
+    """The weights: file name -> name -> tensor, as `WeightsOnDisk.load_files` takes them."""
     optimizer_state: dict[str, Tensor]
     state: dict[str, Any]
     """What the loop gave to `save`, and `step`, `tokenizer_sha256`, `format`."""
     tokenizer_sha256: str
+
+    @property
+    def model_state(self) -> dict[str, Tensor]:
+        """The language model's weights by Hugging Face name; empty where the checkpoint has none (an adapter's)."""
+        return self.files.get(MODEL, {})
 
 
 def save(
     run_dir: Path,
     step: int,
     *,
-    model: "Transformer",
+    model: "WeightsOnDisk",
     model_config: ModelConfig,
     tokenizer: "Tokenizer",
     optimizer_state: dict[str, Tensor],
@@ -85,10 +91,11 @@ def save(
     parent = Path(run_dir) / "checkpoints"
     target = parent / f"step-{step:06d}"
     temporary = parent / f".partial-{target.name}"
-    model_state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict_for_disk().items()}
-    optimizer_state = {name: tensor.detach().cpu().contiguous() for name, tensor in optimizer_state.items()}
+    files = {name: _on_cpu(tensors) for name, tensors in model.files_for_disk().items()}
+    optimizer_state = _on_cpu(optimizer_state)
+    texts = {CONFIG: json.dumps(model_config.to_hf(), indent=2) + "\n"} | model.texts_for_disk()
     state_text = json.dumps({**state, "step": step, "format": FORMAT, "tokenizer_sha256": tokenizer.sha256})
-    num_bytes = sum(tensor.nbytes for tensor in (*model_state.values(), *optimizer_state.values()))
+    num_bytes = sum(tensor.nbytes for tensors in (*files.values(), optimizer_state) for tensor in tensors.values())
     needed = num_bytes + len(state_text) + (4 << 20)  # headers, the tokenizer and the small files
     fault_point("start")
     try:
@@ -99,21 +106,23 @@ def save(
             raise OSError(errno.ENOSPC, f"only {free:,} bytes are free")
         temporary.mkdir()
         fault_point("temporary-made")
-        save_file(model_state, temporary / MODEL, metadata={"format": "pt"})
+        for name, tensors in files.items():
+            save_file(tensors, temporary / name, metadata={"format": "pt"})
         fault_point("model-written")
         save_file(optimizer_state, temporary / OPTIMIZER, metadata={"format": "pt"})
         fault_point("optimizer-written")
         (temporary / STATE).write_text(state_text, encoding="utf-8")
         fault_point("state-written")
-        (temporary / CONFIG).write_text(json.dumps(model_config.to_hf(), indent=2) + "\n", encoding="utf-8")
+        for name, text in texts.items():
+            (temporary / name).write_text(text, encoding="utf-8")
         fault_point("config-written")
         tokenizer.save(temporary, model_max_length=model_config.max_position_embeddings)
         fault_point("tokenizer-written")
-        files = sorted(temporary.iterdir())
-        entries = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)} for path in files}
+        paths = sorted(temporary.iterdir())
+        entries = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)} for path in paths}
         (temporary / MANIFEST).write_bytes(_manifest_bytes(step, entries))
         fault_point("manifest-written")
-        for path in (*files, temporary / MANIFEST, temporary):
+        for path in (*paths, temporary / MANIFEST, temporary):
             fsync(path)
         fault_point("synced")
         _replace(temporary, target)
@@ -131,6 +140,10 @@ def save(
     _prune(Path(run_dir), max(2, keep))
     fault_point("pruned")
     return target
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _replace(temporary: Path, target: Path) -> None:
@@ -234,7 +247,7 @@ def check_identity(run_dir: Path, *, tokenizer_sha256: str, model_config: ModelC
     for path in checkpoints_of(run_dir):
         if _small_problems(path):
             continue
-        saved, sha256 = _read_config(path), str(read_json(path / STATE)["tokenizer_sha256"])
+        saved, sha256 = read_config(path), str(read_json(path / STATE)["tokenizer_sha256"])
         length, theirs, ours = saved.original_max_position_embeddings, saved.to_hf(), model_config.to_hf()
         keys = [key for key in ours | theirs if theirs.get(key) != ours.get(key)]
         found = [f"{key} {theirs.get(key)}, here {ours.get(key)}" for key in keys]
@@ -259,25 +272,35 @@ def read_latest(run_dir: Path, *, tokenizer_sha256: str, model_config: ModelConf
 
 def _read_verified(path: Path) -> Checkpoint:
     state = read_json(path / STATE)
-    tensors, sha256 = (read_tensors(path / MODEL), read_tensors(path / OPTIMIZER)), str(state["tokenizer_sha256"])
-    return Checkpoint(path, int(state["step"]), _read_config(path), *tensors, state, sha256)
+    names = [name for name in _read_manifest(path) if name.endswith(TENSORS) and name != OPTIMIZER]
+    return Checkpoint(
+        path,
+        int(state["step"]),
+        read_config(path),
+        {name: read_tensors(path / name) for name in names},
+        read_tensors(path / OPTIMIZER),
+        state,
+        str(state["tokenizer_sha256"]),
+    )
 
 
 def _small_problems(path: Path) -> list[str]:
     try:
         files = _read_manifest(path)
-        missing = [f"{path / name}: not in {MANIFEST}" for name in (*SMALL, *LARGE) if name not in files]
-        wrong = [_file_problem(path / name, entry) for name, entry in files.items() if name not in LARGE]
+        missing = [f"{path / name}: not in {MANIFEST}" for name in REQUIRED if name not in files]
+        if not any(name.endswith(TENSORS) and name != OPTIMIZER for name in files):
+            missing.append(f"{path}: no file of weights in {MANIFEST}")
+        wrong = [_file_problem(path / name, entry) for name, entry in files.items() if not name.endswith(TENSORS)]
         if not any((*missing, *wrong)):
-            _read_config(path)
+            read_config(path)
         return [text for text in (*missing, *wrong) if text]
     except CheckpointError as error:
         return [str(error)]
 
 
 def _large_problems(path: Path) -> list[str]:
-    files = _read_manifest(path)
-    return [text for name in LARGE if (text := _file_problem(path / name, files[name]))]
+    large = {name: entry for name, entry in _read_manifest(path).items() if name.endswith(TENSORS)}
+    return [text for name, entry in large.items() if (text := _file_problem(path / name, entry))]
 
 
 def _file_problem(path: Path, entry: dict[str, Any]) -> str:
@@ -314,84 +337,14 @@ def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     return files
 
 
-def _read_config(path: Path) -> ModelConfig:
+def read_config(path: Path) -> ModelConfig:
+    """Return the model's configuration in directory `path`. Raises CheckpointError when there is none that is known."""
     try:
         return ModelConfig.from_hf(read_json(path / CONFIG))
     except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise CheckpointError(f"{path / CONFIG}: not a model this package knows: {error}") from error
 
 
-def resolve(path: Path) -> Path:
-    """Return the directory to read for a run, a run's `checkpoints`, a checkpoint or a Transformers directory.
-
-    Raises CheckpointError when there is nothing to read, naming what exists nearby.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise _nothing(path, "is a file, not a directory" if path.exists() else "does not exist")
-    if (path / "checkpoints").is_dir() or path.name == "checkpoints":
-        found = find_latest(path.parent if path.name == "checkpoints" else path)
-        if found is None:
-            raise _nothing(path, "has no checkpoint yet")
-        return found
-    if _is_ours(path) or ((path / CONFIG).exists() and ((path / MODEL).exists() or (path / INDEX).exists())):
-        return path
-    if any((*path.glob("*.bin"), *path.glob("*.pt*"))):
-        raise _nothing(path, "holds only pickled weights, which are not read; save them as safetensors")
-    raise _nothing(path, "is neither a run, nor a checkpoint, nor a Transformers directory")
-
-
-def load(
-    path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> "tuple[Transformer, Tokenizer]":
-    """Return (model in evaluation mode, tokenizer) of a run, a checkpoint or a Transformers directory.
-
-    Raises CheckpointError: nothing there, corrupt, or model and tokenizer do not belong together.
-    """
-    from minimind.model.transformer import Transformer
-    from minimind.tokenizer.bpe import Tokenizer
-
-    directory = resolve(path)
-    if _is_ours(directory):
-        saved = read(directory)
-        sha256, config, model_state = saved.tokenizer_sha256, saved.model_config, saved.model_state
-    else:
-        sha256, config = None, _read_config(directory)
-        model_state = _read_transformers(directory, is_tied=config.tie_word_embeddings)
-    tokenizer = Tokenizer.load(directory)
-    if sha256 not in (None, tokenizer.sha256):
-        raise CheckpointError(f"{directory}: trained with tokenizer {sha256[:12]}, holds {tokenizer.sha256[:12]}")
-    if tokenizer.vocab_size > config.vocab_size:
-        raise CheckpointError(f"{directory}: {tokenizer.vocab_size} tokens, but a model for {config.vocab_size}")
-    model = Transformer(config)
-    model.load_disk_state_dict({name: tensor.float() for name, tensor in model_state.items()})
-    return model.to(device=device, dtype=dtype).eval(), tokenizer
-
-
-def _is_ours(path: Path) -> bool:
+def is_ours(path: Path) -> bool:
     """Whether a directory is (or was, before its manifest was lost) a checkpoint: it is then verified, or refused."""
     return (path / MANIFEST).exists() or (path / STATE).exists() or _VISIBLE.fullmatch(path.name) is not None
-
-
-def _read_transformers(path: Path, *, is_tied: bool) -> dict[str, Tensor]:
-    """Return the weights of a Transformers directory, sharded or not, without what is written twice or recomputed."""
-    names = {MODEL}
-    if not (path / MODEL).exists():
-        weight_map = read_json(path / INDEX).get("weight_map")
-        names = set(weight_map.values()) if isinstance(weight_map, dict) else set[Any]()
-        if not names or any(Path(str(name)).name != name for name in names):
-            raise CheckpointError(f"{path / INDEX}: no usable weight_map")
-    state = {key: tensor for name in sorted(names) for key, tensor in read_tensors(path / name).items()}
-    head, embedding = state.get("lm_head.weight"), state.get("model.embed_tokens.weight")
-    if is_tied and head is not None and embedding is not None and torch.equal(head, embedding):
-        del state["lm_head.weight"]
-    return {key: tensor for key, tensor in state.items() if not key.endswith("rotary_emb.inv_freq")}
-
-
-def _nothing(path: Path, why: str) -> CheckpointError:
-    """Return the error that names the runs near `path`."""
-    parent = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
-    runs = sorted(folder.parent for folder in (*parent.glob("*/checkpoints"), *parent.glob("*/*/checkpoints")))
-    runs.sort(key=lambda run: SequenceMatcher(None, run.name, path.name).ratio(), reverse=True)
-    nearby = f"Runs near it: {', '.join(map(str, runs[:8]))}" if runs else f"There is no run in {parent} either"
-    return CheckpointError(f"{path}: {why}. {nearby}")
