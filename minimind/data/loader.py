@@ -80,8 +80,12 @@ class Loader:
         largest = -(-len(rows) // self.world_size)
         own = rows[share(len(rows), self.rank, self.world_size)]
         for first in range(0, largest, self.micro_rows):
-            chosen = [self.rows.row(int(index)) for index in own[first : first + self.micro_rows]]
-            yield collate(chosen or [[]], self.rows.row_length, self.pad_id)
+            yield self._batch(own[first : first + self.micro_rows])
+
+    def _batch(self, rows: npt.NDArray[np.int64]) -> Batch:
+        """Return the micro-batch of these rows; one row of padding for none."""
+        chosen = [self.rows.row(int(index)) for index in rows]
+        return collate(chosen or [[]], self.rows.row_length, self.pad_id)
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps, so that a resumed run can tell that it sees the same samples."""

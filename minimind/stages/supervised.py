@@ -3,8 +3,9 @@
 It plugs rooms together: data -> rows -> loader -> loop, with validation and samples handed in. The loss is the stage's.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from math import ceil
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from minimind.training.config import LoopConfig
 if TYPE_CHECKING:
     from minimind.data.build import Kind
     from minimind.data.dataset import TokenDataset
+    from minimind.data.loader import Loader
     from minimind.model.transformer import Transformer
     from minimind.tokenizer.bpe import Tokenizer
     from minimind.training.loop import FitResult
@@ -23,9 +25,19 @@ if TYPE_CHECKING:
 
 
 def train(
-    config: TrainingConfig, kind: "Kind", model: "Transformer", tokenizer: "Tokenizer", objective: "Objective"
+    config: TrainingConfig,
+    kind: "Kind",
+    model: "Transformer",
+    tokenizer: "Tokenizer",
+    objective: "Objective",
+    *,
+    make_loader: "Callable[..., Loader] | None" = None,
+    evaluate: Callable[..., dict[str, float]] | None = None,
 ) -> "FitResult":
     """Run the one loop on the packed rows of `config.data` with `objective`; returns what the loop returns.
+
+    `make_loader` takes what `Loader` takes (the default); `evaluate(model, batches, autocast=...)` returns the numbers
+    of one validation (default: `evaluate_loss`).
 
     Raises ConfigError for a batch or row that cannot be, or a directory where another process trains, CheckpointError
     for a run of another model or tokenizer, both before the data are read; DataError for bad or changed data, and
@@ -60,7 +72,7 @@ def train(
         datasets = train_and_validation(data, tokenizer, kind=kind)
 
         def loader(dataset: "TokenDataset") -> Loader:
-            return Loader(
+            return (make_loader or Loader)(
                 pack(dataset, length, window=data.pack_window, mode=data.packing),
                 batch_rows=config.batch_tokens // length,
                 micro_rows=max(1, (config.micro_batch_tokens or config.batch_tokens) // length),
@@ -76,7 +88,8 @@ def train(
             assert validation
             most = max(1, config.eval_tokens // (validation.micro_rows * length * validation.world_size))
             rows = islice(validation.all_batches(), most)
-            return evaluate_loss(model, rows, tokenizer.token_bytes, autocast=autocast(device, dtype))
+            measure = evaluate or partial(evaluate_loss, token_bytes=tokenizer.token_bytes)
+            return measure(model, rows, autocast=autocast(device, dtype))
 
         if is_afresh:  # only now: bad data must not put a run aside
             run.start_afresh()
