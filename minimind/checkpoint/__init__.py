@@ -11,7 +11,7 @@ from minimind.checkpoint.directory import (
     save,
     verify,
 )
-from minimind.checkpoint.loading import load, resolve
+from minimind.checkpoint.loading import load, load_reward_model, resolve
 
 __all__ = [
     "FAULT_POINTS",
@@ -20,6 +20,7 @@ __all__ = [
     "checkpoints_of",
     "find_latest",
     "load",
+    "load_reward_model",
     "read",
     "read_latest",
     "resolve",

@@ -16,6 +16,8 @@ from minimind.model.disk import MODEL
 from minimind.runtime.integrity import read_json, read_tensors
 
 if TYPE_CHECKING:
+    from minimind.model.config import ModelConfig
+    from minimind.model.heads import ScalarModel
     from minimind.model.transformer import Transformer
     from minimind.tokenizer.bpe import Tokenizer
 
@@ -48,9 +50,34 @@ def load(
 ) -> "tuple[Transformer, Tokenizer]":
     """Return (model in evaluation mode, tokenizer) of a run, a checkpoint or a Transformers directory.
 
-    Raises CheckpointError: nothing there, corrupt, or model and tokenizer do not belong together.
+    Raises CheckpointError: nothing there, corrupt, a reward model, or model and tokenizer do not belong together.
     """
     from minimind.model.transformer import Transformer
+
+    config, model_state, tokenizer = _read(path, is_scalar=False)
+    model = Transformer(config)
+    model.load_disk_state_dict(model_state)
+    return model.to(device=device, dtype=dtype).eval(), tokenizer
+
+
+def load_reward_model(
+    path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> "tuple[ScalarModel, Tokenizer]":
+    """Return (reward model in evaluation mode, tokenizer) of a run, a checkpoint or a Transformers directory.
+
+    Raises CheckpointError as `load` does, and for a language model.
+    """
+    from minimind.model.heads import ScalarModel
+
+    config, model_state, tokenizer = _read(path, is_scalar=True)
+    model = ScalarModel(config)
+    model.load_disk_state_dict(model_state)
+    return model.to(device=device, dtype=dtype).eval(), tokenizer
+
+
+def _read(path: Path, *, is_scalar: bool) -> "tuple[ModelConfig, dict[str, Tensor], Tokenizer]":
+    """Return (config, float32 weights as on disk, tokenizer) of a model with or without a scalar head."""
+    from minimind.model.heads import check_kind
     from minimind.tokenizer.bpe import Tokenizer
 
     directory = resolve(path)
@@ -60,14 +87,13 @@ def load(
     else:
         sha256, config = None, read_config(directory)
         model_state = _read_transformers(directory, is_tied=config.tie_word_embeddings)
+    check_kind(read_json(directory / CONFIG), is_scalar=is_scalar, where=str(path))
     tokenizer = Tokenizer.load(directory)
     if sha256 not in (None, tokenizer.sha256):
         raise CheckpointError(f"{directory}: trained with tokenizer {sha256[:12]}, holds {tokenizer.sha256[:12]}")
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(f"{directory}: {tokenizer.vocab_size} tokens, but a model for {config.vocab_size}")
-    model = Transformer(config)
-    model.load_disk_state_dict({name: tensor.float() for name, tensor in model_state.items()})
-    return model.to(device=device, dtype=dtype).eval(), tokenizer
+    return config, {name: tensor.float() for name, tensor in model_state.items()}, tokenizer
 
 
 def _read_transformers(path: Path, *, is_tied: bool) -> dict[str, Tensor]:
