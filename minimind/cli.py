@@ -26,7 +26,7 @@ class Command(NamedTuple):
 
 GROUPS: dict[str, dict[str, Command]] = {
     "make a model": {
-        "demo": Command("minimind.demo:main", "the whole pipeline on a small invented world, in minutes"),
+        "demo": Command("minimind.demo.pipeline:main", "the whole pipeline on a small invented world, in minutes"),
         "world": Command("minimind.world.write:main", "write that world as JSONL files, in every format"),
         "train-tokenizer": Command("minimind.stages.train_tokenizer:main", "learn a vocabulary from text"),
         "pretrain": Command("minimind.stages.pretrain:main", "learn a language from text"),

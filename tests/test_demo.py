@@ -11,28 +11,28 @@ from typing import Any
 import pytest
 from stages.tiny_stage import SHAPE, after_update, curve, exit_code, send
 
-from minimind import checkpoint, demo
+from minimind import checkpoint
+from minimind.demo import chapter, settings
 from minimind.model.config import ModelConfig
-from minimind.stages import chapter
 from minimind.training.metrics import read_metrics
 from minimind.world import write as world
 
 STEPS = 4
-KEYS = ["stage", "metric", "before", "after", "low", "high", "n", "target", "met", "seconds"]
+KEYS = ["stage", "metric", "before", "after", "control", "low", "high", "n", "target", "met", "seconds"]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny() -> Iterator[None]:
     """Make everything small."""
-    tokens = STEPS * demo.BATCH_TOKENS
+    tokens = STEPS * settings.BATCH_TOKENS
     sizes = replace(world.SIZES["quick"], pretrain=60, sft=60, held_out=8, questions=1)
     shape: dict[str, Any] = {name.replace("-", "_"): value for name, value in SHAPE.items()}
     shape["max_position_embeddings"] = 2048
     model = ModelConfig(**shape)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "QUICK", demo.Budget("quick", tokens, tokens, 1))
-        patch.setattr(demo, "VOCAB_SIZE", 400)
-        patch.setattr(demo, "demo_model", lambda: model)
+        patch.setattr(settings, "QUICK", settings.Budget("quick", tokens, tokens, 1))
+        patch.setattr(settings, "VOCAB_SIZE", 400)
+        patch.setattr(settings, "demo_model", lambda: model)
         patch.setattr(chapter, "ANSWER_TOKENS", 4)
         patch.setitem(world.SIZES, "quick", sizes)
         yield
@@ -72,13 +72,13 @@ def test_what_it_writes(whole: Path) -> None:
         else:
             assert bits["target"] is None
             assert bits["met"] is True
-        assert set(own) == {name for name in asked if name.split()[0] in demo.taught(stage)}
+        assert set(own) == {name for name in asked if name.split()[0] in settings.taught(stage)}
         assert len(own) >= 22
         for row in own.values():
             assert 0 <= row["low"] <= row["after"] <= row["high"] <= 1
             assert row["n"] == 1
             assert row["met"] == (row["target"] is not None and row["after"] >= row["target"])
-            assert row["target"] == (demo.TARGETS.get(row["metric"].rsplit(" ", 1)[0]) if stage == "sft" else None)
+            assert row["target"] == (settings.TARGETS.get(row["metric"].rsplit(" ", 1)[0]) if stage == "sft" else None)
     report = (whole / "report.html").read_text(encoding="utf-8")
     assert report.lstrip().lower().startswith("<!doctype html>")
     assert "http://" not in report.replace("http://www.w3.org", "")  # nothing is loaded from anywhere

@@ -64,6 +64,8 @@ class Result(TypedDict):
     metric: str
     before: float | None
     after: float | None
+    control: float | None
+    """What a model reached that spent the same otherwise."""
     low: float | None
     high: float | None
     n: int | None
@@ -185,6 +187,7 @@ class ResultBar:
     stage: str
     before: str
     after: str
+    control: str
     interval: str
     target: str
     spots: dict[str, float]
@@ -195,7 +198,7 @@ def result_bars(results: Sequence[Result], titles: Mapping[str, str]) -> list[Re
     bars: list[ResultBar] = []
     for row in results:
         metric = str(row.get("metric", ""))
-        values = {key: finite(row.get(key)) for key in ("before", "after", "low", "high", "target")}
+        values = {key: finite(row.get(key)) for key in ("before", "after", "control", "low", "high", "target")}
         known = {key: value for key, value in values.items() if value is not None}
         is_share = not is_plain_number(metric) and all(0 <= value <= 1 for value in known.values())
         interval = f"{measure(values['low'], metric)} to {measure(values['high'], metric)}"
@@ -206,6 +209,7 @@ def result_bars(results: Sequence[Result], titles: Mapping[str, str]) -> list[Re
                 titles.get(str(row.get("stage")), readable(str(row.get("stage", "")))),
                 measure(values["before"], metric),
                 measure(values["after"], metric),
+                measure(values["control"], metric),
                 interval if "low" in known and "high" in known else "–",
                 measure(values["target"], metric),
                 {key: round(100 * value, 2) for key, value in known.items()} if is_share else {},

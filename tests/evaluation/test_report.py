@@ -100,14 +100,15 @@ def result(
     metric: str = "sums, English",
     before: float | None = 0.1,
     after: float | None = 0.8,
+    control: float | None = None,
     low: float | None = 0.7,
     high: float | None = 0.9,
     target: float | None = 0.6,
     met: bool | None = True,
 ) -> Result:
     return {
-        "stage": "sft", "metric": metric, "before": before, "after": after, "low": low, "high": high,
-        "n": 50, "target": target, "met": met, "seconds": 3.0,
+        "stage": "sft", "metric": metric, "before": before, "after": after, "control": control, "low": low,
+        "high": high, "n": 50, "target": target, "met": met, "seconds": 3.0,
     }  # fmt: skip
 
 
@@ -157,7 +158,7 @@ def whole(tmp_path: Path) -> tuple[str, Page]:
     return page_of(
         tmp_path,
         stages=[full_stage(name="pretrain", title="Pretraining"), full_stage()],
-        results=[result(), result("bits per byte", 3.0, 0.8, None, None, 1.0, False)],
+        results=[result(), result("bits per byte", 3.0, 0.8, None, None, None, 1.0, False)],
         dialogues=[DIALOGUE, Dialogue([{"role": "user", "content": "?"}], correct=False)],
         cost={"Disk": "38 MiB"},
         environment={"torch": "2"},
@@ -284,7 +285,7 @@ def test_marks_stand_where_the_numbers_are(tmp_path):
 
 
 def test_result_bars_stand_where_the_numbers_are(tmp_path):
-    _, page = page_of(tmp_path, results=[result(), result("validation loss", 0.9, 0.5, 0.4, 0.6, 0.7)])
+    _, page = page_of(tmp_path, results=[result(), result("validation loss", 0.9, 0.5, None, 0.4, 0.6, 0.7)])
     whiskers = page.of_class("line", "whisker")
     assert [(w["x1"], w["x2"]) for w in whiskers] == [("70.0%", "90.0%")]  # a loss is no share: no bar
     assert "70 % to 90 %" in page.text
