@@ -3,7 +3,8 @@
 It knows neither where rows come from nor what is learned from them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +20,16 @@ class Document(Protocol):
     def ids(self) -> "Sequence[int] | np.ndarray[tuple[int], np.dtype[np.integer]]": ...  # noqa: D102
     @property
     def loss_weights(self) -> "Sequence[float] | np.ndarray[tuple[int], np.dtype[np.float32]]": ...  # noqa: D102
+
+
+@dataclass(frozen=True, slots=True)
+class Annotated:
+    """A document in memory with more numbers for each of its tokens: what reinforcement learning knows about them."""
+
+    ids: Sequence[int]
+    loss_weights: Sequence[float]
+    extras: Mapping[str, Sequence[float]]
+    """Name -> a number for each of `ids`, about predicting it, like `loss_weights`."""
 
 
 def collate(rows: Sequence[Sequence[Document]], row_length: int, pad_id: int) -> Batch:
@@ -53,3 +64,21 @@ def collate(rows: Sequence[Sequence[Document]], row_length: int, pad_id: int) ->
         loss_weights=torch.from_numpy(loss_weights),
         weight=float(loss_weights.sum(dtype=np.float64)),
     )
+
+
+def collate_annotated(rows: Sequence[Sequence[Annotated]], row_length: int, pad_id: int, names: Sequence[str]) -> Batch:
+    """Return the Batch of `collate` with the numbers called `names` in `extras`, (B, T), aligned with `labels`.
+
+    They are 0 at padding. KeyError when a document does not have one of them.
+    """
+    batch = collate(rows, row_length, pad_id)
+    for name in names:
+        values = np.zeros((len(rows), row_length), dtype=np.float32)
+        for b, row in enumerate(rows):
+            start = 0
+            for document in row:
+                end = start + len(document.ids) - 1
+                values[b, start:end] = document.extras[name][1:]
+                start = end
+        batch.extras[name] = torch.from_numpy(values)  # (B, T)
+    return batch

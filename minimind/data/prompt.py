@@ -29,6 +29,8 @@ class Prompt:
     """Values that a right final answer holds (tool RL)."""
     fields: dict[str, Any] = field(default_factory=dict[str, Any])
     """The row as it stands in the file: id, grader, ..."""
+    place: str = ""
+    """`file:line` of the row, for messages."""
 
 
 def read(data: dict[str, Any], *, needs_tools: bool = False) -> tuple[Prompt, list[str]]:
@@ -103,4 +105,5 @@ def _prompt_or_problem(item: Row | Problem, needs_tools: bool) -> tuple[Prompt |
     if isinstance(item, Problem):
         return None, item
     prompt, problems = read(item.data, needs_tools=needs_tools)
+    prompt.place = f"{item.file}:{item.line}"
     return (None, Problem(item.file, item.line, "; ".join(problems))) if problems else (prompt, None)

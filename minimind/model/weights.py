@@ -8,6 +8,9 @@ from minimind.model import disk
 class WeightsOnDisk(nn.Module):
     """A module that the loop can train and a checkpoint can hold: here in one file, names as in memory."""
 
+    rates: dict[str, float] = {}  # noqa: RUF012 - replaced as a whole, never changed
+    """Prefix of parameter names -> what the optimizer's rates are multiplied with for them; 1 for all others."""
+
     def state_dict_for_disk(self) -> dict[str, Tensor]:
         """Return the weights under the names of the file."""
         return dict(self.state_dict())

@@ -4,17 +4,20 @@ A stage is one page: a `Config`, the data, the model, the objective, the loop. H
 that `--help` needs no torch.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from minimind.data.config import DataConfig
 from minimind.errors import ConfigError
-from minimind.training.config import OptimConfig
+from minimind.training.config import LoopConfig, OptimConfig
 
 if TYPE_CHECKING:
     from minimind.model.transformer import Transformer
     from minimind.tokenizer.bpe import Tokenizer
+    from minimind.training.run import RunDirectory
 
 
 _NOT_NEGATIVE = (
@@ -91,13 +94,19 @@ class TrainingConfig:
 
 
 def start(config: TrainingConfig) -> tuple["Transformer", "Tokenizer"]:
-    """Return the model and the tokenizer that `config.init_from` names, float32, and say what was inherited."""
+    """Return the model and the tokenizer that `config.init_from` names, float32, and say what was inherited.
+
+    Of a LoRA run: its base with the adapter merged, a plain model again.
+    """
     from minimind.checkpoint import load
+    from minimind.model.adapters import merge_lora
     from minimind.runtime.log import get_logger
 
     if config.init_from is None:
         raise ConfigError("init_from: this stage starts from a trained model; give --init-from RUN")
     model, tokenizer = load(config.init_from)
+    if merge_lora(model):
+        get_logger("start").info("%s is an adapter: merged into its base", config.init_from)
     trained = model.config.original_max_position_embeddings
     get_logger("start").info(
         "from %s: model %s, %d layers of %d, vocabulary %d, context %s",
@@ -105,3 +114,32 @@ def start(config: TrainingConfig) -> tuple["Transformer", "Tokenizer"]:
         *(tokenizer.vocab_size, trained or "unknown"),
     )
     return model, tokenizer
+
+
+def loop_config(config: TrainingConfig, steps: int) -> LoopConfig:
+    """Return the loop's settings for a run of so many steps."""
+    return LoopConfig(steps=steps, dtype=config.dtype, **{name: getattr(config, name) for name in _SAME_NAME})
+
+
+_SAME_NAME = ("save_every", "eval_every", "log_every", "sample_every", "keep", "device", "compile", "seed", "trackers")
+
+
+def begin(run: "RunDirectory", config: TrainingConfig, fingerprints: dict[str, str]) -> Callable[[], None]:
+    """Move an earlier run aside where that is asked for; return what describes this one, called after its first step.
+
+    Called when the data are known to be good. A run to go on with keeps its description until a step was really made.
+    """
+    from minimind.checkpoint import checkpoints_of
+    from minimind.config import to_toml
+
+    if config.fresh or not config.resume:
+        run.start_afresh()
+
+    @cache
+    def describe() -> None:
+        run.write_config(to_toml(config))
+        run.write_environment(fingerprints)
+
+    if not checkpoints_of(run.path):
+        describe()
+    return describe

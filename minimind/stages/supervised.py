@@ -5,20 +5,20 @@ It plugs rooms together: data -> rows -> loader -> loop, with validation and sam
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from itertools import islice
 from math import ceil
 from typing import TYPE_CHECKING
 
 from minimind.errors import ConfigError
-from minimind.stages.base import TrainingConfig
-from minimind.training.config import LoopConfig
+from minimind.stages.base import TrainingConfig, begin, loop_config
 
 if TYPE_CHECKING:
     from minimind.data.build import Kind
     from minimind.data.dataset import TokenDataset
     from minimind.data.loader import Loader
     from minimind.model.transformer import Transformer
+    from minimind.model.weights import WeightsOnDisk
     from minimind.tokenizer.bpe import Tokenizer
     from minimind.training.loop import FitResult
     from minimind.training.step import Objective
@@ -33,18 +33,18 @@ def train(
     *,
     make_loader: "Callable[..., Loader] | None" = None,
     evaluate: Callable[..., dict[str, float]] | None = None,
+    trained: "WeightsOnDisk | None" = None,
 ) -> "FitResult":
     """Run the one loop on the packed rows of `config.data` with `objective`; returns what the loop returns.
 
     `make_loader` takes what `Loader` takes (the default); `evaluate(model, batches, autocast=...)` returns the numbers
-    of one validation (default: `evaluate_loss`).
+    of one validation (default: `evaluate_loss`). `trained`: what is trained and saved instead of `model`, around it.
 
     Raises ConfigError for a batch or row that cannot be, or a directory where another process trains, CheckpointError
     for a run of another model or tokenizer, both before the data are read; DataError for bad or changed data, and
     whatever `fit` raises.
     """
-    from minimind.checkpoint import check_identity, checkpoints_of
-    from minimind.config import to_toml
+    from minimind.checkpoint import check_identity
     from minimind.data.dataset import train_and_validation
     from minimind.data.loader import Loader
     from minimind.data.packing import pack
@@ -91,26 +91,13 @@ def train(
             measure = evaluate or partial(evaluate_loss, token_bytes=tokenizer.token_bytes)
             return measure(model, rows, autocast=autocast(device, dtype))
 
-        if is_afresh:  # only now: bad data must not put a run aside
-            run.start_afresh()
-
-        @cache
-        def describe() -> None:
-            run.write_config(to_toml(config))
-            run.write_environment({"train": datasets[0].fingerprint, "tokenizer": tokenizer.sha256})
-
-        if not checkpoints_of(run.path):  # one to go on with keeps its description until a step was really made
-            describe()
+        describe = begin(run, config, {"train": datasets[0].fingerprint, "tokenizer": tokenizer.sha256})
         return fit(
-            model,
+            trained or model,
             objective,
             batches,
             run=run,
-            loop=LoopConfig(
-                steps=config.steps or ceil(config.epochs * batches.steps_per_epoch),
-                dtype=config.dtype,
-                **{name: getattr(config, name) for name in _SAME_NAME},
-            ),
+            loop=loop_config(config, config.steps or ceil(config.epochs * batches.steps_per_epoch)),
             optim=config.optim,
             model_config=model.config,
             tokenizer=tokenizer,
@@ -118,9 +105,6 @@ def train(
             sample=Sampler(model, tokenizer, datasets[1] or datasets[0]) if config.sample_every else None,
             on_step=lambda _step, _row: describe(),
         )
-
-
-_SAME_NAME = ("save_every", "eval_every", "log_every", "sample_every", "keep", "device", "compile", "seed", "trackers")
 
 
 def _row_length(config: TrainingConfig, model: "Transformer") -> int:

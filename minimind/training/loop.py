@@ -40,7 +40,8 @@ _log = get_logger("training")
 
 
 class BatchSource(Protocol):
-    """Where batches come from. A source with state of its own (reinforcement learning) also has `load_state(saved)`."""
+    """Where batches come from. A source with state of its own (reinforcement learning) also has `load_state(saved)`,
+    and `numbers()` that belong into the row of each step."""
 
     prefetch: bool
     """`micro_batches` is a pure function of the step: it may be called ahead of time from another thread."""
@@ -122,6 +123,7 @@ def fit(
         run.cut_samples_after(at.saved_step)
         display = stack.enter_context(Display(loop.steps, start=at.step, log_file=log_file))
         next_batches = batches.micro_batches
+        numbers_of_source: Callable[[], dict[str, float]] = getattr(batches, "numbers", dict)
         if batches.prefetch:
             next_batches = stack.enter_context(Ahead(batches.micro_batches, range(at.step, loop.steps))).take
 
@@ -148,7 +150,7 @@ def fit(
                 training.save(metrics, clock)
                 signals.raise_outcome(f"step {at.step} of {loop.steps} in {run.path}")
             micro_batches = next_batches(at.step)
-            row = training.stepper.update(at.step, micro_batches)
+            row = training.stepper.update(at.step, micro_batches) | numbers_of_source()
             at.step += 1
             at.tokens += row["step_tokens"]
             clock.tick(row["step_tokens"])

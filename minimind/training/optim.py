@@ -10,6 +10,7 @@ routers, norms and other vectors go to AdamW. The module knows no schedule and n
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -48,15 +49,17 @@ class Optimizer:
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.config = config
-        on_muon = {
-            name: p
-            for name, p in self.parameters.items()
-            if config.name == "muon" and p.ndim >= 2 and not any(part in name for part in NOT_FOR_MUON)
-        }
-        rest = {name: p for name, p in self.parameters.items() if name not in on_muon}
-        self.parts: list[Part] = [AdamW(rest, config)] if rest else []
-        if on_muon:
-            self.parts.append(Muon(on_muon, config))
+        self.parts: list[Part] = []
+        for rate, parameters in _by_rate(self.parameters, getattr(model, "rates", {})).items():
+            own = replace(config, lr=config.lr * rate, muon_lr=config.muon_lr * rate)
+            on_muon = {
+                name: p
+                for name, p in parameters.items()
+                if config.name == "muon" and p.ndim >= 2 and not any(part in name for part in NOT_FOR_MUON)
+            }
+            rest = {name: p for name, p in parameters.items() if name not in on_muon}
+            self.parts += [AdamW(rest, own)] if rest else []
+            self.parts += [Muon(on_muon, own)] if on_muon else []
 
     def step(self, factor: float) -> None:
         """Update every parameter from its `.grad` with `factor` times the highest rates."""
@@ -87,6 +90,15 @@ class Optimizer:
             )
         for part in self.parts:
             part.load_state_dict(state)
+
+
+def _by_rate(parameters: dict[str, nn.Parameter], rates: dict[str, float]) -> dict[float, dict[str, nn.Parameter]]:
+    """Return the parameters that share a multiple of the rate; `rates` are by the beginning of their names."""
+    found: dict[float, dict[str, nn.Parameter]] = {}
+    for name, p in parameters.items():
+        rate = next((rate for prefix, rate in rates.items() if name.startswith(prefix)), 1.0)
+        found.setdefault(rate, {})[name] = p
+    return found
 
 
 class AdamW:

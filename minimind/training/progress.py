@@ -142,9 +142,11 @@ def progress_line(row: Mapping[str, Any], *, steps: int, eta_seconds: float) -> 
 
 
 def numbers(row: Mapping[str, Any]) -> str:
-    """Return loss, rate, gradient norm, speed, MFU (where known) and memory of a row, in one short line."""
+    """Return reward (if there is one), loss, rate, gradient norm, speed, MFU (where known) and memory in one line."""
     exponent = f"{row['lr']:.1e}".replace("e-0", "e-").replace("e+00", "")
     parts = [f"loss {row['train_loss']:.3f}", f"lr {exponent}", f"grad {_grad(row['grad_norm'])}"]
+    if "reward" in row:
+        parts[:0] = [f"reward {row['reward']:.3f}", f"{row['answer_tokens']:.0f} tokens an answer"]
     parts.append(f"{count(row['tokens_per_second'])} tok/s")
     if row.get("mfu") is not None:
         parts.append(f"MFU {100 * row['mfu']:.0f}%")
