@@ -1,7 +1,7 @@
 """Log-probabilities of chosen tokens: the one primitive that every objective beyond cross-entropy stands on.
 
 From hidden states and head, in chunks of tokens, so that (B, T, V) logits never exist; chunks are recomputed in the
-backward. `reference_log_probs` is the definition. Which tokens matter is the caller's knowledge.
+backward. `reference_log_probs` is the definition. Which tokens matter is told by the caller, or by `loss_weights`.
 """
 
 from collections.abc import Callable
@@ -12,8 +12,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from minimind.batch import Batch, Output
+
 CHUNK = 1024
 """Tokens whose logits exist at one time."""
+
+ROUND = 128
+"""The number of learned tokens is filled up to a multiple of this, for the reason told in `cross_entropy.ROUND`."""
 
 
 def token_log_probs(
@@ -44,6 +49,23 @@ def token_log_probs_and_entropy(
     """Return (log-probabilities, entropy of the distribution at each position in nats), both differentiable."""
     log_probs, entropy = _in_chunks(_both_of_chunk, hidden, head, labels, temperature, chunk)
     return log_probs, entropy
+
+
+def learned_log_probs(
+    output: Output, batch: Batch, *, temperature: float = 1.0
+) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+    """Return (log-probability of the label, entropy in nats) where `loss_weights` is not 0; both are 0 elsewhere.
+
+    So prompts, observations and padding cost no product with the head and get no gradient. Both are differentiable.
+    """
+    learned = batch.loss_weights.flatten().nonzero()[:, 0]
+    size = -(-max(learned.numel(), 1) // ROUND) * ROUND
+    rows = F.pad(learned, (0, size - learned.numel()))  # (n,), filled up with position 0, whose result is thrown away
+    hidden, labels = output.hidden.flatten(0, 1)[rows], batch.labels.flatten()[rows]
+    found = token_log_probs_and_entropy(hidden[None], output.head, labels[None], temperature=temperature)
+    spread = batch.loss_weights.new_zeros(batch.labels.numel(), dtype=torch.float32)
+    log_probs, entropy = (spread.index_put((learned,), values[0, : learned.numel()]) for values in found)
+    return log_probs.view_as(batch.labels), entropy.view_as(batch.labels)
 
 
 def reference_log_probs(
