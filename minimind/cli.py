@@ -31,6 +31,8 @@ GROUPS: dict[str, dict[str, Command]] = {
         "train-tokenizer": Command("minimind.stages.train_tokenizer:main", "learn a vocabulary from text"),
         "pretrain": Command("minimind.stages.pretrain:main", "learn a language from text"),
         "sft": Command("minimind.stages.sft:main", "learn to answer from conversations"),
+        "dpo": Command("minimind.stages.dpo:main", "learn which of two answers is better"),
+        "reward-model": Command("minimind.stages.reward_model:main", "learn what an answer is worth, for RL"),
     },
     "use a model": {
         "chat": Command("minimind.stages.chat:main", "talk with a model in the terminal"),

@@ -58,7 +58,7 @@ def fit_conversation(
 
 
 def fit_pair(found: Preference, render: Render, max_length: int) -> tuple[list[Example] | None, str]:
-    """Return ([chosen, rejected], what was done), each within `max_length` tokens, the same done to both.
+    """Return ([chosen, rejected] or the one side there is, what was done), within `max_length` tokens, both alike.
 
     Turns of the prompt are left out until the longer side fits ("truncated"); then answers end at the budget ("cut"). A
     pair of which nothing can be compared within the budget is "too_long" and None.
@@ -72,7 +72,7 @@ def fit_pair(found: Preference, render: Render, max_length: int) -> tuple[list[E
         if all(len(example.ids) <= max_length for example in pair):
             return pair, "truncated" if dropped else ""
     cut = [Example(example.ids[:max_length], example.loss_weights[:max_length]) for example in pair]
-    if cut[0].ids == cut[-1].ids or not all(any(example.loss_weights[1:]) for example in cut):
+    if (len(cut) == 2 and cut[0].ids == cut[1].ids) or not all(any(example.loss_weights[1:]) for example in cut):
         return None, "too_long"
     return cut, "cut"
 

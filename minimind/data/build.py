@@ -21,17 +21,19 @@ from minimind.data import conversation, preference, text
 from minimind.data.budget import fit_conversation, fit_pair
 from minimind.data.jsonl import Problem, Row, scan
 from minimind.data.messages import Conversation
+from minimind.data.preference import Preference
 from minimind.errors import ConfigError, DataError, OutOfResourcesError
 from minimind.runtime.log import get_logger
 from minimind.tokenizer.bpe import Tokenizer
 from minimind.tokenizer.chat import Conversation as Rendering
 from minimind.tokenizer.chat import render_batch
 
-Kind = Literal["pretrain", "conversation", "preference"]
+Kind = Literal["pretrain", "conversation", "preference", "unpaired"]
 Part = Literal["train", "validation"]
 
-DOCUMENTS_PER_ROW = {"pretrain": 1, "conversation": 1, "preference": 2}
-"""A preference row becomes two documents: chosen, then rejected."""
+DOCUMENTS_PER_ROW = {"pretrain": 1, "conversation": 1, "preference": 2, "unpaired": 1}
+"""A preference row becomes two documents, chosen and rejected, which stay together; or, for KTO ("unpaired"), the sides
+it has, each by itself: then a rejected one is told by the sign of its loss weights, which are negative."""
 
 BATCH_CHARACTERS = 2**21
 BATCH_CONVERSATIONS = 256
@@ -215,7 +217,7 @@ class Builder:
             self._conversations(rows)
         else:
             for index, row in enumerate(rows):
-                self._preference(row)
+                self._preference(row, is_paired=kind == "preference")
                 if index % BATCH_CONVERSATIONS == 0:
                     self._forget()
         self.report["documents"] = self.writer.num_documents
@@ -302,12 +304,13 @@ class Builder:
         self._write(examples)
         self._forget()
 
-    def _preference(self, row: Row) -> None:
+    def _preference(self, row: Row, *, is_paired: bool) -> None:
         found, problems = preference.read(row.data)
-        if self._bad(row, problems) or self._bad(row, preference.unpaired(found)):
+        if self._bad(row, problems) or (is_paired and self._bad(row, preference.unpaired(found))):
             return
         if not self._elsewhere(preference.content_key(found)):
-            self._write(self._fitted(row, lambda: fit_pair(found, self._render, self.max_length)))
+            examples = self._fitted(row, lambda: fit_pair(found, self._render, self.max_length))
+            self._write(examples if is_paired else _signed(found, examples))
 
     def _fitted(self, row: Row, make: Callable[[], tuple[list[Example] | None, str]]) -> list[Example]:
         """Return the documents of a row (none when it is bad or teaches nothing) and count what was done to it."""
@@ -343,3 +346,10 @@ class Builder:
 def _alone(fitted: tuple[Example | None, str]) -> tuple[list[Example] | None, str]:
     example, outcome = fitted
     return (None if example is None else [example]), outcome
+
+
+def _signed(found: Preference, sides: list[Example]) -> list[Example]:
+    """Return the sides of a row with the rejected one's weights negative: each is then a document by itself."""
+    if found.rejected is not None and sides:
+        sides[-1] = Example(sides[-1].ids, [-weight if weight else 0.0 for weight in sides[-1].loss_weights])
+    return sides
