@@ -40,6 +40,7 @@ def grpo(
     temperature: float = 1.0,
     variant: Variant = "grpo",
     importance_cap: float = 2.0,
+    use_unbiased_kl: bool = False,
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     """Return (sum of loss_weights times the loss of each token, metrics).
 
@@ -47,7 +48,8 @@ def grpo(
     (with them alone the KL is only logged). What they hold where `loss_weights` is 0 does not matter. `temperature` is
     the rollout's. Where `rollout_log_probs` are given too (the log-probabilities of an engine that is not the trainer),
     each policy loss is multiplied by min(exp(old_log_probs - rollout_log_probs), `importance_cap`), truncated
-    importance sampling. `clip_low` 1 is no lower bound, as MiniMax-M1 has it.
+    importance sampling. `clip_low` 1 is no lower bound, as MiniMax-M1 has it. `use_unbiased_kl` multiplies the KL by r,
+    so that its gradient is that of KL(pi || pi_ref) whatever policy the tokens are from (DeepSeek-V3.2, 2512.02556).
 
     Metrics are detached sums of loss_weights times: `policy_loss`; `ratio` r; `clip_low` [r < 1 - low and A < 0] and
     `clip_high` [r > 1 + high and A > 0], where the gradient vanishes (cispo: for either sign of A, where the factor is
@@ -75,7 +77,7 @@ def grpo(
         metrics["importance"] = importance
     metrics |= {"policy_loss": losses, "ratio": ratio, "approx_kl": torch.expm1(log_ratio) - log_ratio}
     if beta or "ref_log_probs" in given:
-        kl = k3(log_probs, given["ref_log_probs"])
+        kl = k3(log_probs, given["ref_log_probs"]) * (ratio if use_unbiased_kl else 1.0)
         metrics["kl"] = kl
         losses = losses + beta * kl
     is_any_sign = torch.full_like(ratio, variant == "cispo", dtype=torch.bool)
