@@ -31,8 +31,13 @@ GROUPS: dict[str, dict[str, Command]] = {
         "train-tokenizer": Command("minimind.stages.train_tokenizer:main", "learn a vocabulary from text"),
         "pretrain": Command("minimind.stages.pretrain:main", "learn a language from text"),
         "sft": Command("minimind.stages.sft:main", "learn to answer from conversations"),
+        "lora": Command("minimind.stages.lora:main", "the same beside frozen weights: thin adapters"),
+        "reason": Command("minimind.stages.reason:main", "learn to think before answering"),
         "dpo": Command("minimind.stages.dpo:main", "learn which of two answers is better"),
         "reward-model": Command("minimind.stages.reward_model:main", "learn what an answer is worth, for RL"),
+        "ppo": Command("minimind.stages.ppo:main", "learn from rewards, beside a critic"),
+        "grpo": Command("minimind.stages.grpo:main", "learn from rewards, answer against answer"),
+        "spo": Command("minimind.stages.spo:main", "learn from rewards, one answer a prompt"),
     },
     "use a model": {
         "chat": Command("minimind.stages.chat:main", "talk with a model in the terminal"),

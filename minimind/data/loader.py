@@ -4,11 +4,13 @@ The global batch of a step is `order.global_rows(step, ...)`; ranks take consecu
 consecutive shares of those. So a step holds the same rows whatever the world size, micro-batch or history. No state.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from minimind.batch import Batch
 from minimind.data.collate import collate
@@ -33,8 +35,11 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         pad_id: int = 0,
+        emphasis: Mapping[int, float] | None = None,
     ) -> None:
         """`batch_rows`: rows of the global batch of a step, over all ranks; `micro_rows`: rows of one forward at most.
+
+        `emphasis`: token id -> factor on its weight where training has it to predict; 0 stays 0. Not in `all_batches`.
 
         ConfigError for impossible numbers, DataError when there are no rows.
         """
@@ -47,6 +52,7 @@ class Loader:
         self.rows = rows
         self.batch_rows, self.micro_rows = batch_rows, micro_rows
         self.seed, self.rank, self.world_size, self.pad_id = seed, rank, world_size, pad_id
+        self.emphasis = dict(emphasis or {})
 
     @property
     def num_rows(self) -> int:
@@ -68,7 +74,8 @@ class Loader:
 
         A rank with fewer rows than others gets padding of weight 0 in place of its missing micro-batches.
         """
-        return list(self._split(global_rows(step, self.batch_rows, self.num_rows, self.seed)))
+        batches = self._split(global_rows(step, self.batch_rows, self.num_rows, self.seed))
+        return [emphasised(batch, self.emphasis) for batch in batches]
 
     def all_batches(self) -> Iterator[Batch]:
         """Yield this rank's share of all rows, each on one rank and once: for validation, in constant memory."""
@@ -89,7 +96,7 @@ class Loader:
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps, so that a resumed run can tell that it sees the same samples."""
-        return {
+        state: dict[str, Any] = {
             "fingerprint": self.rows.fingerprint,
             "num_rows": self.num_rows,
             "row_length": self.rows.row_length,
@@ -97,6 +104,9 @@ class Loader:
             "seed": self.seed,
             "order_version": ORDER_VERSION,
         }
+        if self.emphasis:
+            state["emphasis"] = {str(token): factor for token, factor in self.emphasis.items()}
+        return state
 
     def check_state(self, saved: dict[str, Any]) -> None:
         """Raise when a saved state means other samples: DataError for other data, ConfigError for other settings."""
@@ -111,12 +121,21 @@ class Loader:
                 "restore the files, or start over with --fresh, or begin a new run with --init-from this checkpoint"
             )
         changed = [
-            f"{key} was {saved.get(key)} and is {value}"
-            for key, value in state.items()
-            if key != "fingerprint" and saved.get(key) != value
+            f"{key} was {saved.get(key)} and is {state.get(key)}"
+            for key in (state | saved)
+            if key != "fingerprint" and saved.get(key) != state.get(key)
         ]
         if changed:
             raise ConfigError(
-                f"cannot resume with another order of samples: {'; '.join(changed)}; "
-                "use the old values, or --fresh to start over"
+                f"cannot resume with other batches: {'; '.join(changed)}; use the old values, or --fresh to start over"
             )
+
+
+def emphasised(batch: Batch, emphasis: Mapping[int, float]) -> Batch:
+    """Return `batch` with the weight of predicting each token in `emphasis` times its factor, and the weight of all."""
+    if not emphasis:
+        return batch
+    loss_weights = batch.loss_weights.clone()
+    for token, factor in emphasis.items():
+        loss_weights[batch.labels == token] *= factor
+    return replace(batch, loss_weights=loss_weights, weight=float(loss_weights.sum(dtype=torch.float64)))

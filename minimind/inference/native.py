@@ -18,9 +18,11 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from minimind.model.adapters import adapted
 from minimind.model.attention import Attention
 from minimind.model.cache import KVCache
 from minimind.model.feed_forward import FeedForward
+from minimind.model.lora import LoRALinear
 from minimind.model.norm import RMSNorm
 from minimind.model.rope import angles, inverse_frequencies
 from minimind.model.transformer import Decoder, Layer, Transformer
@@ -28,7 +30,10 @@ from minimind.native.build import library
 
 SOURCE = Path(__file__).with_name("native.cpp")
 
-_PLAIN = {Transformer, Decoder, Layer, Attention, FeedForward, RMSNorm, nn.ModuleList, nn.Linear, nn.Embedding}
+_PLAIN = {
+    *(Transformer, Decoder, Layer, Attention, FeedForward, RMSNorm),
+    *(nn.ModuleList, nn.Linear, nn.Embedding, LoRALinear),
+}
 _FLOATS = {torch.float32, torch.bfloat16}
 _BYTES_PER_UNIT = 4
 
@@ -107,14 +112,16 @@ class NativeStep:
     def prepare(self) -> bool:
         """Return whether the step can be used now; if so, it has the weights of now, whoever changed them and how.
 
-        It cannot on another device or in another dtype, for a mixture of experts, where a module was replaced or is
-        watched by hooks, and without a compiler. Costs one read of the weights, and their packing where they changed.
+        It cannot on another device or in another dtype, for a mixture of experts, where a module was replaced by one
+        it does not know or is watched by hooks, and without a compiler. Adapters (LoRA) are merged into the weights it
+        packs, not into the model's. Costs one read of the weights, and their packing where they changed.
         """
         if not is_plain(self._model, self._cache, self._dtype) or (code := _library()) is None:
             return False
         # Version counters would be cheaper to read, but torch's fused optimizers and writes to `.data` pass them by.
         weights = [weight.detach() for weight in self._model.parameters()]
-        fingerprint = [(w.data_ptr(), code.digest(w.data_ptr(), w.nbytes)) for w in weights]
+        fingerprint: list[tuple[float, ...]] = [(w.data_ptr(), code.digest(w.data_ptr(), w.nbytes)) for w in weights]
+        fingerprint += [(layer.scaling,) for layer in adapted(self._model).values()]
         if self._packed is None or self._packed.fingerprint != fingerprint:
             self._packed = None  # the memory of the old ones first
             self._packed = _Packed(code, self._model, self._cache, self._dtype, fingerprint)
@@ -151,7 +158,7 @@ class _Packed:
         model: Transformer,
         cache: KVCache,
         dtype: torch.dtype,
-        fingerprint: list[tuple[int, int]],
+        fingerprint: list[tuple[float, ...]],
     ) -> None:
         self.fingerprint = fingerprint
         self._code, self._format = code, _FORMATS[dtype]
@@ -236,7 +243,10 @@ class _Packed:
 
 
 def _matrices(layer: Layer) -> list[list[Tensor]]:
-    """Return the matrices of a layer in the order in which a step reads them; those of one list are one product."""
+    """Return the matrices of a layer in the order in which a step reads them; those of one list are one product.
+
+    Where a layer has an adapter, its `weight` is the merged one.
+    """
     attention, feed_forward = layer.self_attn, layer.mlp
     assert isinstance(feed_forward, FeedForward)
     return [

@@ -18,6 +18,7 @@ from minimind.tokenizer.chat import render
 
 if TYPE_CHECKING:
     from minimind.inference.engine import Event
+    from minimind.model.adapters import Adapters
 
 
 class TokenStream(Protocol):
@@ -75,8 +76,12 @@ class ChatSession:
         enable_thinking: bool | None = None,
         stop: Sequence[str] = (),
         context_length: int | None = None,
+        adapters: "Adapters | None" = None,
     ) -> None:
-        """Start an empty conversation. `context_length` (tokens, prompt and answer) defaults to the engine's."""
+        """Start an empty conversation. `context_length` (tokens, prompt and answer) defaults to the engine's.
+
+        `adapters`: those of the engine's model, which may be switched between two answers.
+        """
         self.engine = engine
         self.tokenizer = tokenizer
         self.run_tool = run_tool
@@ -85,6 +90,7 @@ class ChatSession:
         self.enable_thinking = enable_thinking
         self.stop = tuple(stop)
         self.context_length: int | None = context_length or getattr(engine, "max_length", None)
+        self.adapters = adapters
         self.speed = Speed()
         self._system = system
         self._tools = list(tools) if tools else None

@@ -35,6 +35,7 @@ HELP = """\
 /clear             forget the conversation
 /think on|off|auto the model must think first, must not, or decides (auto)
 /system TEXT       set the system prompt; without a text remove it
+/adapter [NAME]    answer with this adapter (LoRA), or none; no name: list them
 /save FILE         add the conversation to a JSONL file that `minimind sft` reads
 /exit              leave (or Ctrl-D); Ctrl-C stops an answer"""
 
@@ -179,9 +180,24 @@ def command(session: ChatSession, line: str) -> Reply:
     if name == "/system":
         session.system = rest or None
         return Reply(f"System prompt: {rest}" if rest else "No system prompt.")
+    if name == "/adapter":
+        return _switch(session, rest)
     if name == "/save":
         return _save(session, rest)
     return Reply(f"{name}: no such command; /help lists them", is_error=True)
+
+
+def _switch(session: ChatSession, name: str) -> Reply:
+    adapters = session.adapters
+    if adapters is None or not adapters.names:
+        return Reply("/adapter: there is none; start with minimind chat RUN --adapter DIR", is_error=True)
+    if name:
+        try:
+            adapters.use(None if name == "none" else name)
+        except MinimindError as error:
+            return Reply(f"/adapter: {error}", is_error=True)
+    active = adapters.active or "none"
+    return Reply("Adapters: " + ", ".join(f"[{n}]" if n == active else n for n in (*adapters.names, "none")))
 
 
 def _save(session: ChatSession, name: str) -> Reply:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from minimind.model.block_attention import block_attention
 from minimind.model.config import ModelConfig
-from minimind.model.feed_forward import side_by_side
 from minimind.model.layout import Layout, Lengths
+from minimind.model.lora import side_by_side
 from minimind.model.norm import RMSNorm
 from minimind.model.rope import rotate
 from minimind.native import kernels

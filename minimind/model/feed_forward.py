@@ -1,10 +1,10 @@
 """SwiGLU (arXiv 2002.05202): down(silu(gate(x)) * up(x)). Knows neither the residual nor the norm before it."""
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from minimind.model.lora import side_by_side
 from minimind.native import kernels
 
 
@@ -30,11 +30,3 @@ def swiglu(gate_up: Float[Tensor, "*batch F2"]) -> Float[Tensor, "*batch F"]:
         return kernels.swiglu(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
-
-
-def side_by_side(x: Float[Tensor, "*batch D"], *layers: nn.Module) -> Float[Tensor, "*batch width"]:
-    """Return the layers' outputs of one `x` side by side: one product and one gradient of `x` where they are plain."""
-    weights = [layer.weight for layer in layers if type(layer) is nn.Linear]  # an adapter around one is not plain
-    if len(weights) == len(layers):
-        return F.linear(x, torch.cat(weights))
-    return torch.cat([layer(x) for layer in layers], dim=-1)

@@ -6,6 +6,7 @@ It plugs the parts together and knows none of them: the conversation is `inferen
 
 import secrets
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -28,7 +29,9 @@ class ChatConfig:
     """Talk with a model. Without a terminal on stdin, each line is a turn and gets one line of answer on stdout."""
 
     run: tyro.conf.Positional[Path]
-    """A run, a checkpoint directory or a Transformers directory."""
+    """A run, a checkpoint directory or a Transformers directory; a LoRA run brings its base along."""
+    adapter: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    """A LoRA run or PEFT directory for this model; may be repeated: the first is on, and /adapter switches."""
     prompt: str = ""
     """Answer this one text as it is on stdout, and end."""
     system: str = ""
@@ -66,27 +69,35 @@ class ChatConfig:
 
 
 def chat(
-    path: str | Path, *, tools: bool = False, device: str = "auto", dtype: str = "auto", **options: Any
+    path: str | Path,
+    *,
+    adapters: Sequence[str | Path] = (),
+    tools: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    **options: Any,
 ) -> "ChatSession":
     """Return a conversation with the model at `path` (a run, a checkpoint or a Transformers directory).
 
-    `tools` offers those of the built-in world. `options` are `ChatSession`'s: system, sampling, enable_thinking,
+    `adapters` are put beside it (`session.adapters.use(name)` switches; the first is on). `tools` offers those of the
+    built-in world. `options` are `ChatSession`'s: system, sampling, enable_thinking,
     context_length... CheckpointError when there is no model, ConfigError for impossible values.
     """
-    from minimind.checkpoint import load
+    from minimind.checkpoint import load_with_adapters
     from minimind.inference.engine import Engine
     from minimind.inference.session import ChatSession
     from minimind.runtime.device import pick_device, pick_dtype
 
     where = pick_device(device)
-    model, tokenizer = load(Path(path), device=where)
+    model, tokenizer, known = load_with_adapters(Path(path), [Path(adapter) for adapter in adapters])
+    model.to(where)
     precision = pick_dtype(dtype, where, num_parameters=model.config.num_parameters()[0])
     engine = Engine(model, max_batch_size=1, max_length=options.pop("context_length", None), dtype=precision)
     if tools:
         from minimind.world.tools import TOOLS, run_tool
 
         options = {"tools": [tool.schema for tool in TOOLS.values()], "run_tool": run_tool, **options}
-    return ChatSession(engine, tokenizer, **options)
+    return ChatSession(engine, tokenizer, adapters=known, **options)
 
 
 def main(argv: list[str]) -> int:
@@ -99,6 +110,7 @@ def main(argv: list[str]) -> int:
     seed = secrets.randbits(31) if config.seed is None else config.seed
     session = chat(
         config.run,
+        adapters=config.adapter,
         tools=config.tools,
         device=config.device,
         dtype=config.dtype,
@@ -119,6 +131,7 @@ def main(argv: list[str]) -> int:
     with suppress(ImportError):
         import_module("readline")  # where the platform has it, `input` gets line editing and history
     size = cast("Engine", session.engine).model.config.describe()
-    greeting = f"{config.run}, {size} parameters. /help lists the commands, Ctrl-D leaves."
+    adapted = f" with {session.adapters.active}" if session.adapters and session.adapters.active else ""
+    greeting = f"{config.run}{adapted}, {size} parameters. /help lists the commands, Ctrl-D leaves."
     terminal.talk(session, Console(highlight=False), lambda: input("> "), greeting=greeting)
     return 0

@@ -13,7 +13,8 @@ from minimind.model import layout
 from minimind.model.attention import reference_attention
 from minimind.model.block_attention import spans_of
 from minimind.model.config import ModelConfig
-from minimind.model.feed_forward import FeedForward, side_by_side
+from minimind.model.feed_forward import FeedForward
+from minimind.model.lora import side_by_side
 from minimind.model.rope import angles, rotate
 from minimind.model.transformer import Transformer
 from minimind.native import kernels
