@@ -100,7 +100,8 @@ def trl(task: contest.Task, *, is_bf16: bool) -> contest.Round:
     from datasets import Dataset  # pyright: ignore[reportMissingImports] - in the peers' environment only
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-    from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports]
+    from trl.trainer.grpo_config import GRPOConfig  # pyright: ignore[reportMissingImports]
+    from trl.trainer.grpo_trainer import GRPOTrainer  # pyright: ignore[reportMissingImports]
 
     prompts: list[list[int]] = json.loads(Path(task["prompts"]).read_text())
     words = {f"w{i}": i for i in range(task["shape"]["vocab_size"])}
@@ -114,7 +115,7 @@ def trl(task: contest.Task, *, is_bf16: bool) -> contest.Round:
     def make(gate: Any) -> Any:
         return GRPOTrainer(
             model=LlamaForCausalLM(LlamaConfig(**task["shape"])),
-            reward_funcs=reward,
+            reward_funcs=reward,  # pyright: ignore[reportArgumentType] - installed or not, its type asks for less
             args=GRPOConfig(
                 output_dir=tempfile.mkdtemp(),
                 per_device_train_batch_size=PROMPTS * SAMPLES,

@@ -42,6 +42,10 @@ class Baseline(Protocol):
         """Return the prompts of a rollout, in order."""
         ...
 
+    def last(self, prompt: int) -> Sample | None:
+        """Return the newest answer to a prompt, if one is kept."""
+        ...
+
     def credit(
         self,
         samples: Sequence[Sample],

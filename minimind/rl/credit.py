@@ -89,7 +89,7 @@ class Groups(Stateless):
 class Critic(Stateless):
     """Advantages from the values of a critic: GAE over the chosen tokens, the reward at the last one, then whitened."""
 
-    extras = ("advantages", "old_values", "returns")
+    extras: tuple[str, ...] = ("advantages", "old_values", "returns")
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ class Streams:
         self._tracker, self._reference, self._policy = tracker, reference, policy
         self._meter, self._read = meter, log_probs_at(temperature)
         self._offline = num_prompts, offline_samples, seed
-        self.extras = ("advantages", "ref_log_probs") if reference else ("advantages",)
+        self.extras: tuple[str, ...] = ("advantages", "ref_log_probs") if reference else ("advantages",)
 
     def begin(self, play: Play, judge: Judge) -> None:
         """Let the trackers begin with offline samples, the same on every rank."""
@@ -217,5 +217,7 @@ def _values(output: Output, _: Batch) -> Tensor:
 
 def _explained_variance(values: Tensor, returns: Tensor) -> float:
     """Return 1 - var(returns - values) / var(returns): 1 for a perfect critic, 0 for one that is constant."""
+    if not len(returns):
+        return 0.0
     variance = returns.double().var(correction=0)
     return float(1 - (returns.double() - values.double()).var(correction=0) / variance) if variance > 0 else 0.0

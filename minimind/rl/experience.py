@@ -34,14 +34,16 @@ Judge = Callable[[Sequence[Sample]], list[Trajectory]]
 class Algorithm(Protocol):
     """What tells GRPO, PPO and SPO apart: which prompts are asked, what is measured, how rewards become advantages."""
 
-    extras: tuple[str, ...]
-    """Names of the numbers for each token that the objective reads besides `old_log_probs`."""
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """Names of the numbers for each token that the objective reads besides `old_log_probs`."""
+        ...
 
     def begin(self, play: Play, judge: Judge) -> None:
         """Do what is to be done once, before the first rollout of a run."""
         ...
 
-    def choose(self, rollout: int) -> list[int]:
+    def choose(self, rollout: int, /) -> list[int]:
         """Return the prompts of a rollout, in order; the same on every rank."""
         ...
 

@@ -302,7 +302,7 @@ class Recomputed:
         self._read = log_probs_at(temperature)
         self._has_warned = False
         self.extras = (*inner.extras, "rollout_log_probs")
-        self.choose, self.state, self.load_state = inner.choose, inner.state, inner.load_state
+        self.begin, self.choose, self.state, self.load_state = inner.begin, inner.choose, inner.state, inner.load_state
 
     def measure(self, trajectories: Sequence[Trajectory]) -> None:
         """Add both log-probabilities, then what `inner` measures."""

@@ -180,7 +180,7 @@ class Scores:
     total: list[float]
     """(S,) weighted sums; 0 where masked."""
     parts: dict[str, list[float]]
-    """(S,) of each reward, without its weight; 0 where it could not be had."""
+    """(S,) of each reward, without its weight; NaN where it could not be had."""
     is_masked: list[bool]
     """(S,) some part could not be had."""
     faults: dict[str, int]
@@ -248,7 +248,7 @@ class Rewards:
         for part in self._parts:
             found = [self._number_of(part, value) for value in part.score(pairs)]
             faults[part.name] = found.count(None)
-            parts[part.name] = [value or 0.0 for value in found]
+            parts[part.name] = [math.nan if value is None else value for value in found]
             total = [so_far + part.weight * (value or 0.0) for so_far, value in zip(total, found, strict=True)]
             is_masked = [masked or value is None for masked, value in zip(is_masked, found, strict=True)]
         total = [0.0 if masked else value for value, masked in zip(total, is_masked, strict=True)]

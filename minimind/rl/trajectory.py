@@ -63,7 +63,8 @@ class Trajectory:
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> "Trajectory":
         """Return what `to_json` was called on."""
-        return cls(**{**saved, "sample": Sample(**saved["sample"])})
+        fields: dict[str, Any] = {**saved, "sample": Sample(**saved["sample"])}
+        return cls(**fields)
 
 
 def plan_rows(sizes: Sequence[int], row_length: int) -> tuple[list[list[int]], int]:

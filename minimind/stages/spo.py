@@ -94,8 +94,16 @@ def run(config: Config) -> "FitResult":
                 highest=config.highest_reward,
             )
         reference = Reference(frozen.to(meter.device), meter, config.temperature) if frozen else None
-        numbers = {"temperature": config.temperature, "offline_samples": config.offline_samples, "seed": config.seed}
-        return Streams(tracker, reference, policy=policy, meter=meter, num_prompts=num_prompts, **numbers)
+        return Streams(
+            tracker,
+            reference,
+            policy=policy,
+            meter=meter,
+            temperature=config.temperature,
+            num_prompts=num_prompts,
+            offline_samples=config.offline_samples,
+            seed=config.seed,
+        )
 
     return train(
         config,

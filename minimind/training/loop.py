@@ -123,7 +123,7 @@ def fit(
         run.cut_samples_after(at.saved_step)
         display = stack.enter_context(Display(loop.steps, start=at.step, log_file=log_file))
         next_batches = batches.micro_batches
-        numbers_of_source: Callable[[], dict[str, float]] = getattr(batches, "numbers", dict)
+        numbers_of_source: Callable[[], dict[str, Any]] = getattr(batches, "numbers", dict)
         if batches.prefetch:
             next_batches = stack.enter_context(Ahead(batches.micro_batches, range(at.step, loop.steps))).take
 
@@ -150,7 +150,8 @@ def fit(
                 training.save(metrics, clock)
                 signals.raise_outcome(f"step {at.step} of {loop.steps} in {run.path}")
             micro_batches = next_batches(at.step)
-            row = training.stepper.update(at.step, micro_batches) | numbers_of_source()
+            row: dict[str, Any] = training.stepper.update(at.step, micro_batches)
+            row |= numbers_of_source()
             at.step += 1
             at.tokens += row["step_tokens"]
             clock.tick(row["step_tokens"])

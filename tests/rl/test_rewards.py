@@ -236,7 +236,7 @@ def test_a_model_without_a_score_masks():
 
     scores = Rewards(["model:rm"], scorer_of=lambda *_: scorer).score([(SUM, said("1234")), (SUM, said("1"))])
     assert scores.is_masked == [True, False]
-    assert scores.parts == {"model": [0.0, 1.0]}
+    assert scores.parts["model"] == pytest.approx([math.nan, 1.0], nan_ok=True)
 
     def broken(_):
         raise RuntimeError("out of order")
@@ -305,8 +305,8 @@ def test_whatever_a_users_function_does_masks_and_counts(user_file: Path, caplog
     scores = rewards.score([(SUM, said(text)) for text in texts])
     rewards.close()
     assert scores.is_masked == [False, *[True] * 7, False]
-    assert scores.parts["moody"] == [1.0, *[0.0] * 7, 1.0]
-    assert scores.total == scores.parts["moody"]
+    assert scores.parts["moody"] == pytest.approx([1.0, *[math.nan] * 7, 1.0], nan_ok=True)
+    assert scores.total == [1.0, *[0.0] * 7, 1.0]
     assert scores.faults == {"moody": 7, "tags": 0}
 
 

@@ -6,7 +6,7 @@ import pytest
 from stages.tiny_rollouts import argv, learn, rows_of
 from stages.tiny_stage import Files
 
-import minimind
+from minimind.checkpoint import load
 from minimind.config import parse
 from minimind.errors import ConfigError
 from minimind.stages import grpo
@@ -42,7 +42,7 @@ def test_a_trivial_reward_is_learned(variant: str, files: Files) -> None:
     result = learn(argv(files, "grpo", "run", *flags, "--max-tokens", "12", "--optim.lr", "1e-2"))
     rewards = [row["reward"] for row in rows_of(files.folder / "run")]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:3]) / 3 + 0.25
-    model, _ = minimind.load(result.checkpoint)  # the checkpoint is a policy as it stands
+    model, _ = load(result.checkpoint)  # the checkpoint is a policy as it stands
     assert not model.training
 
 
@@ -61,10 +61,10 @@ def test_equal_rewards_teach_nothing(files: Files) -> None:
     file = files.folder / "rewards.py"
     file.write_text("def same(prompt, answer):\n    return 0.1\n")
     base = Path(files.base)
-    before, _ = minimind.load(base)
+    before, _ = load(base)
     flags = ("--rewards", f"{file}:same", "--steps", "3", "--beta", "0")
     result = learn(argv(files, "grpo", "run", *flags))
-    after, _ = minimind.load(result.checkpoint)
+    after, _ = load(result.checkpoint)
     for name, weight in before.state_dict().items():
         assert weight.equal(after.state_dict()[name]), name
     assert rows_of(files.folder / "run")[0]["zero_spread_groups"] == 1

@@ -8,8 +8,8 @@ from stages.test_grpo import VOWELS
 from stages.tiny_rollouts import TWO_BY_TWO, argv, learn, rows_of
 from stages.tiny_stage import Files
 
-import minimind
 from minimind import checkpoint
+from minimind.checkpoint import load
 from minimind.errors import CheckpointError
 from minimind.model.critic import ActorCritic
 from minimind.model.heads import ScalarModel
@@ -30,7 +30,7 @@ def test_a_trivial_reward_is_learned_and_its_value_too(files: Files) -> None:
     assert abs(values[-1] - rewards[-1]) < abs(values[0] - rewards[0]) / 2
     saved = checkpoint.read(result.checkpoint)
     assert set(saved.files) == {"model.safetensors", "critic.safetensors"}
-    policy, _ = minimind.load(result.checkpoint)
+    policy, _ = load(result.checkpoint)
     assert set(saved.files["model.safetensors"]) == set(policy.state_dict_for_disk())
     critic = ScalarModel(policy.config)
     critic.load_disk_state_dict(saved.files["critic.safetensors"])
@@ -50,7 +50,7 @@ def test_a_rollout_is_left_once_the_policy_has_moved_far(files: Files) -> None:
 
 
 def test_the_critic_has_a_rate_of_its_own(files: Files) -> None:
-    policy, _ = minimind.load(files.base)
+    policy, _ = load(files.base)
     model = ActorCritic(policy, ScalarModel.from_transformer(policy), critic_rate=10.0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = Optimizer(model, OptimConfig(lr=1e-3, weight_decay=0.0))
@@ -66,7 +66,7 @@ def test_the_critic_has_a_rate_of_its_own(files: Files) -> None:
 
 
 def test_actor_and_critic_see_the_same_tokens(files: Files) -> None:
-    policy, _ = minimind.load(files.base)
+    policy, _ = load(files.base)
     model = ActorCritic(policy, ScalarModel.from_transformer(policy)).eval()
     torch.nn.init.normal_(model.critic.score.weight)
     ids = torch.tensor([[1, 5, 9, 30, 7]])

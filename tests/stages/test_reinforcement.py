@@ -136,7 +136,7 @@ FAILING = """
 import math
 
 def lazy(prompt, answer):
-    return math.nan if answer.num_tokens % 2 else 1.0 * answer.num_tokens
+    return math.nan if len(answer.written) % 2 else 1.0 * len(answer.written)
 
 def never(prompt, answer):
     raise ValueError("never")

@@ -7,8 +7,8 @@ import torch
 from stages.tiny_rollouts import argv, learn, rows_of
 from stages.tiny_stage import Files
 
-import minimind
 from minimind import checkpoint
+from minimind.checkpoint import load
 from minimind.errors import CheckpointError, ConfigError
 from minimind.model.heads import ScalarModel
 from minimind.stages.scorers import own_model
@@ -18,21 +18,29 @@ from minimind.tokenizer.chat import render
 @pytest.fixture
 def reward_model(files: Files) -> ScalarModel:
     """A reward model saved in `files.folder / "judge"`."""
-    policy, tokenizer = minimind.load(files.base)
+    policy, tokenizer = load(files.base)
     torch.manual_seed(0)
     model = ScalarModel.from_transformer(policy)
     torch.nn.init.normal_(model.score.weight, std=0.3)
-    state = {"optimizer_state": {}, "state": {}}
-    checkpoint.save(files.folder / "judge", 1, model=model, model_config=policy.config, tokenizer=tokenizer, **state)
+    checkpoint.save(
+        files.folder / "judge",
+        1,
+        model=model,
+        model_config=policy.config,
+        tokenizer=tokenizer,
+        optimizer_state={},
+        state={},
+    )
     return model
 
 
 def test_a_score_is_the_value_at_the_end_token(files: Files, reward_model: ScalarModel) -> None:
-    _, tokenizer = minimind.load(files.base)
+    _, tokenizer = load(files.base)
     turns = [{"role": "user", "content": "one two"}, {"role": "assistant", "content": "three"}]
     ids = render(tokenizer, turns).ids
     end = len(ids) - 1 - ids[::-1].index(tokenizer.eos_id)
-    values = reward_model(torch.tensor([ids])).values
+    with torch.no_grad():
+        values = reward_model(torch.tensor([ids])).values
     long = [turns[0], {"role": "assistant", "content": "three " * 200}]
     score, none = own_model(files.folder / "judge", torch.device("cpu"))([turns, long])
     assert score == pytest.approx(float(values[0, end]), abs=1e-5)
