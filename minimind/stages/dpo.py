@@ -83,6 +83,7 @@ def run(config: Config) -> "FitResult":
     is_alone = config.loss in _WITHOUT_REFERENCE
     frozen = None if is_alone else reference(config.reference, model, tokenizer, config)
     if config.loss == "kto":
+        assert frozen is not None
         weights = {"desirable_weight": config.desirable_weight, "undesirable_weight": config.undesirable_weight}
         objective, policy = partial(kto.kto, beta=config.beta, **weights), scorer(model, config)
         unpaired = partial(UnpairedLoader, reference=frozen, policy=policy)

@@ -52,7 +52,8 @@ def rows(tmp_path: Path) -> PackedRows:
 
 
 def make(rows: PackedRows, **options: Any) -> PairLoader:
-    return PairLoader(rows, **({"batch_rows": 6, "micro_rows": 2, "seed": 0} | options))
+    settings: dict[str, Any] = {"batch_rows": 6, "micro_rows": 2, "seed": 0}
+    return PairLoader(rows, **(settings | options))
 
 
 def expected(dataset: TokenDataset, index: int) -> float:

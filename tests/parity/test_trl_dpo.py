@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import MethodType, SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ from minimind.objectives import dpo, kto, reward
 from minimind.objectives.preference import DOCUMENTS, REF_LOG_PROBS, document_log_probs
 
 transformers = pytest.importorskip("transformers", reason="parity needs the extra 'hf'")
-pytest.importorskip("trl", reason="parity with TRL needs trl: pip install trl")
+trl: Any = pytest.importorskip("trl", reason="parity with TRL needs trl: pip install trl")
 
 CONFIG = ModelConfig(
     vocab_size=120, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -36,9 +37,7 @@ LENGTHS = [((5, 4), (5, 7)), ((3, 6), (3, 2)), ((8, 1), (8, 3)), ((4, 9), (4, 9)
 @pytest.fixture(autouse=True, scope="module")
 def no_accelerate_state() -> None:
     """TRL logs through accelerate, which wants to have been started."""
-    from accelerate import PartialState  # pyright: ignore[reportMissingImports]
-
-    PartialState(cpu=True)
+    import_module("accelerate").PartialState(cpu=True)
 
 
 def pairs(seed: int = 0) -> list[tuple[Example, Example]]:
@@ -87,7 +86,7 @@ class Both:
     """One model in both libraries."""
 
     def __init__(self, folder: Path, seed: int) -> None:
-        from trl.trainer.utils import add_fused_lm_head  # pyright: ignore[reportMissingImports]
+        add_fused_lm_head = import_module("trl.trainer.utils").add_fused_lm_head
 
         torch.manual_seed(seed)
         self.ours = Transformer(CONFIG)
@@ -114,8 +113,8 @@ class Both:
 
     def assert_equal(self, ours: Tensor, theirs: Tensor) -> None:
         """The loss and the gradient of every weight agree within 1e-6, or as much of the loss where it is above 1."""
-        size = max(1.0, abs(float(theirs)))
-        assert float(ours) == pytest.approx(float(theirs), abs=1e-6 * size)
+        size = max(1.0, abs(float(theirs.detach())))
+        assert float(ours.detach()) == pytest.approx(float(theirs.detach()), abs=1e-6 * size)
         self.ours.zero_grad()
         self.theirs.zero_grad()
         ours.backward()
@@ -152,13 +151,12 @@ def trainer(model: Any, **settings: Any) -> SimpleNamespace:
 
 def their_dpo(policy: Both, frozen: Both, loss: str, beta: float) -> tuple[Tensor, dict[str, list[float]]]:
     """The loss of TRL's DPOTrainer on the four pairs, and what it logs."""
-    from trl import DPOTrainer  # pyright: ignore[reportMissingImports]
 
     documents = [side[0] for side in pairs()] + [side[1] for side in pairs()]
     ref = frozen.their_log_probs(documents)
     inputs = padded(documents) | {"ref_chosen_logps": ref[:4], "ref_rejected_logps": ref[4:]}
     fake = trainer(policy.theirs, loss_types=[loss], beta=beta)
-    return DPOTrainer._compute_loss(fake, policy.theirs, inputs, False), fake._metrics["train"]
+    return trl.DPOTrainer._compute_loss(fake, policy.theirs, inputs, False), fake._metrics["train"]
 
 
 @pytest.mark.parametrize("per_row", [8, 6, 2])
@@ -182,7 +180,7 @@ def test_dpo(ours: Callable[..., Any], loss: str, per_row: int, policy: Both, fr
 
 
 def test_simpo(policy: Both) -> None:
-    from trl.experimental.cpo import CPOTrainer  # pyright: ignore[reportMissingImports]
+    cpo = import_module("trl.experimental.cpo").CPOTrainer
 
     batch = packed([side for pair in pairs() for side in pair], 8)
     found, _ = dpo.simpo(policy.output(batch), batch, beta=2.0, gamma=0.7)
@@ -191,18 +189,18 @@ def test_simpo(policy: Both) -> None:
         accelerator=SimpleNamespace(device=torch.device("cpu")),
     )  # fmt: skip
     chosen, rejected = (their_means(policy, [pair[side] for pair in pairs()]) for side in (0, 1))
-    losses, _, _ = CPOTrainer.cpo_loss(fake, chosen, rejected)
+    losses, _, _ = cpo.cpo_loss(fake, chosen, rejected)
     policy.assert_equal(found / 4, losses.mean())
 
 
 def test_orpo(policy: Both) -> None:
-    from trl.experimental.orpo import ORPOTrainer  # pyright: ignore[reportMissingImports]
+    orpo = import_module("trl.experimental.orpo").ORPOTrainer
 
     batch = packed([side for pair in pairs() for side in pair], 6)
     found, metrics = dpo.orpo(policy.output(batch), batch, beta=0.4)
     fake = SimpleNamespace(beta=0.4, accelerator=SimpleNamespace(device=torch.device("cpu")))
     chosen, rejected = (their_means(policy, [pair[side] for pair in pairs()]) for side in (0, 1))
-    losses = ORPOTrainer.odds_ratio_loss(fake, chosen, rejected)[0]
+    losses = orpo.odds_ratio_loss(fake, chosen, rejected)[0]
     policy.assert_equal(found / 4, -chosen.mean() - losses.mean())  # theirs is to be subtracted; the answer alone
     assert float(metrics["chosen_nll"]) / 4 == pytest.approx(-float(chosen.mean()), rel=1e-5)
 
@@ -217,7 +215,6 @@ def their_means(policy: Both, documents: Sequence[Example]) -> Tensor:
 
 @pytest.mark.parametrize("nudge", [-6.0, 6.0], ids=["kl", "no kl"])
 def test_kto(nudge: float, policy: Both, frozen: Both) -> None:
-    from trl import KTOTrainer  # pyright: ignore[reportMissingImports]
 
     labels = [True, False, False, True, True, True, False, True]
     documents = [side for pair in pairs() for side in pair]
@@ -236,8 +233,8 @@ def test_kto(nudge: float, policy: Both, frozen: Both) -> None:
     inputs |= {"label": torch.tensor(labels), "ref_KL_logps": ref_kl, "ref_logps": frozen.their_log_probs(documents)}
     fake = trainer(policy.theirs, calculate_KL=True, loss_type="kto", beta=0.2)
     fake.desirable_weight, fake.undesirable_weight = 1.3, 0.8
-    fake._compute_kl_logps = MethodType(KTOTrainer._compute_kl_logps, fake)
-    policy.assert_equal(found / 8, KTOTrainer._compute_loss(fake, policy.theirs, inputs, False))
+    fake._compute_kl_logps = MethodType(trl.KTOTrainer._compute_kl_logps, fake)
+    policy.assert_equal(found / 8, trl.KTOTrainer._compute_loss(fake, policy.theirs, inputs, False))
     (kl,) = fake._metrics["train"]["kl"]
     assert (kl > 0) == (nudge < 0)
     assert float(metrics["kl"]) / 8 == pytest.approx(kl, abs=1e-5)
@@ -250,7 +247,6 @@ def starts(example: Example) -> int:
 
 @pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, qk_norm=False)], ids=["qwen3", "llama"])
 def test_reward_model(config: ModelConfig, tmp_path: Path) -> None:
-    from trl import RewardTrainer  # pyright: ignore[reportMissingImports]
 
     torch.manual_seed(0)
     model = ScalarModel(config)
@@ -267,7 +263,7 @@ def test_reward_model(config: ModelConfig, tmp_path: Path) -> None:
     inputs = padded([side[0] for side in pairs()] + [side[1] for side in pairs()])
     del inputs["completion_mask"]
     fake = trainer(theirs, args=SimpleNamespace(center_rewards_coefficient=0.05))
-    loss = RewardTrainer.compute_loss(fake, theirs, inputs)
+    loss = trl.RewardTrainer.compute_loss(fake, theirs, inputs)
     assert float(found) / 4 == pytest.approx(float(loss), abs=1e-6)
     assert float(metrics["reward_margin"]) / 4 == pytest.approx(fake._metrics["train"]["margin"][0], abs=1e-5)
     assert float(metrics["reward_accuracy"]) / 4 == fake._metrics["train"]["accuracy"][0]

@@ -158,7 +158,7 @@ def test_the_score_of_the_reference_is_without_dropout_and_leaves_the_model_as_i
     model, _ = checkpoint.load(files.base)
 
     for layer in model.model.layers:
-        layer.dropout = 0.5
+        setattr(layer, "dropout", 0.5)  # noqa: B010 - a module types what is set on it
     batch = collate([[Example([5, 6, 7, 8], [0, 0, 1, 1])]], 8, 0)
     batch.extras[DOCUMENTS] = torch.tensor([[0]])
     score = scorer(model, TrainingConfig(device="cpu", dtype="float32"))
