@@ -75,8 +75,8 @@ def reference_distillation(
 ) -> Float[Tensor, ""]:
     """Return the loss of `fused_distillation` from `theirs`, the teacher's logits (N, V), with autograd's gradient."""
     ours, heat = F.linear(hidden, head).float(), mixture.temperature
-    scaled = [(logits / heat).log_softmax(-1) for logits in (theirs.float(), ours)]
-    far = (1 - mixture.alpha) * heat**2 * reference_divergence(*scaled, mixture.divergence)
+    teacher, student = ((logits / heat).log_softmax(-1) for logits in (theirs.float(), ours))
+    far = (1 - mixture.alpha) * heat**2 * reference_divergence(teacher, student, mixture.divergence)
     return (weights * (mixture.alpha * F.cross_entropy(ours, labels, reduction="none") + far)).sum()
 
 
