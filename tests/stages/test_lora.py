@@ -154,7 +154,8 @@ def test_an_adapter_for_another_base_is_refused(files: Files, other_base: Path, 
     assert "r 4, here 8; lora_alpha 16.0, here 3.0" in said
     assert checkpoint.verify(saved) == []  # and nothing is lost
     assert fit(argv(files, "run", "--steps", "4")).steps == 4
-    train(files.argv("sft", "sft", "--steps", "2", "--data.row-length", "128"))
+    rows = files.folder / "rows.jsonl"
+    train(files.argv("sft", "sft", "--steps", "2", "--data.row-length", "128", data=rows))
     assert "was made by another kind of stage" in refused(BAD_CHECKPOINT, *argv(files, "sft"))
 
 

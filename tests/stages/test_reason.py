@@ -112,8 +112,8 @@ def test_the_first_loss_by_hand_and_a_validation_like_that_of_sft(files: Files) 
     model, tokenizer = checkpoint.load(files.base)
     (batch,) = plain.micro_batches(0)
     with torch.no_grad():
-        output = model(batch.input_ids, positions=batch.positions, documents=batch.documents)
-    costs = -output.logits.log_softmax(-1).gather(2, batch.labels[..., None])[..., 0]  # (B, T)
+        logits = model(batch.input_ids, positions=batch.positions, documents=batch.documents).logits
+    costs = -logits.log_softmax(-1).gather(2, batch.labels[..., None])[..., 0]  # (B, T)
     is_tag = torch.isin(batch.labels, torch.tensor([tokenizer.special_ids[tag] for tag in TAGS]))
     weights = batch.loss_weights * (1 + 9 * is_tag)
     assert step["train_loss"] == pytest.approx(float((weights * costs).sum() / weights.sum()), rel=1e-5)
