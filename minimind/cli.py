@@ -33,6 +33,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "sft": Command("minimind.stages.sft:main", "learn to answer from conversations"),
         "lora": Command("minimind.stages.lora:main", "the same beside frozen weights: thin adapters"),
         "reason": Command("minimind.stages.reason:main", "learn to think before answering"),
+        "distill": Command("minimind.stages.distill:main", "learn what a larger model knows"),
         "dpo": Command("minimind.stages.dpo:main", "learn which of two answers is better"),
         "reward-model": Command("minimind.stages.reward_model:main", "learn what an answer is worth, for RL"),
         "ppo": Command("minimind.stages.ppo:main", "learn from rewards, beside a critic"),
