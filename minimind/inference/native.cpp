@@ -18,16 +18,17 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <condition_variable>
 #include <cstdint>
 #include <cstring>
 #include <exception>
-#include <mutex>
 #include <thread>
 #include <vector>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
+#endif
+#if defined(_OPENMP)
+#include <omp.h>
 #endif
 
 // -- what native.py hands over; its structures mirror these, field by field -------------------------------------------
@@ -229,27 +230,28 @@ struct Int8 {
 
 // -- threads ----------------------------------------------------------------------------------------------------------
 
-// Threads that do the same work together. Between two works they wait awake for a moment, then asleep.
+// Threads that do the same work together: OpenMP's, which are PyTorch's too. After every operation those wait for the
+// next one awake, for milliseconds, and would keep any other threads from the processors. Without OpenMP: one thread.
 class Team {
  public:
-  const int size;
+  const int most;
+  int size = 1;  // how many are at work
 
-  explicit Team(int threads) : size(threads) {
-    try {
-      for (int i = 1; i < size; i++) helpers_.emplace_back([this, i] { help(i); });
-    } catch (...) {  // the machine gives no more threads: those that it gave must end before this object does
-      part();
-      throw;
+  explicit Team(int threads) : most(threads) {}
+
+  // Call work(thread) in every thread, this one included; return when all are done.
+  template <class Work>
+  void together(Work work) {
+#if defined(_OPENMP)
+#pragma omp parallel num_threads(most)
+    {
+#pragma omp single
+      size = omp_get_num_threads();
+      work(omp_get_thread_num());
     }
-  }
-
-  ~Team() { part(); }
-
-  // Call work(on, thread) in every thread, this one included; return when all are done.
-  void together(void (*work)(void*, int), void* on) {
-    begin(work, on);
-    work(on, 0);
-    meet();
+#else
+    work(0);
+#endif
   }
 
   // Return when every thread has come here.
@@ -271,40 +273,8 @@ class Team {
 #endif
   }
 
-  void begin(void (*work)(void*, int), void* on) {
-    work_ = work, on_ = on;
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      works_++;
-    }
-    wake_.notify_all();
-  }
-
-  void part() {
-    begin(nullptr, nullptr);
-    for (std::thread& helper : helpers_) helper.join();
-  }
-
-  void help(int thread) {
-    for (unsigned done = 0;; done++) {
-      for (int turns = 0; works_ == done && turns < 10000; turns++) relax();  // as long as choosing a token takes
-      if (works_ == done) {
-        std::unique_lock<std::mutex> lock(mutex_);
-        wake_.wait(lock, [&] { return works_ != done; });
-      }
-      if (!work_) return;
-      work_(on_, thread);
-      meet();
-    }
-  }
-
-  std::atomic<unsigned> works_{0}, meetings_{0};
+  std::atomic<unsigned> meetings_{0};
   std::atomic<int> arrived_{0};
-  void (*work_)(void*, int) = nullptr;
-  void* on_ = nullptr;
-  std::mutex mutex_;
-  std::condition_variable wake_;
-  std::vector<std::thread> helpers_;
 };
 
 // -- the matrix product -----------------------------------------------------------------------------------------------
@@ -371,7 +341,7 @@ class Step {
   // Row i of the cache gets token i at position i (-1: the row is idle). logits: (rows, outputs of the head).
   void run(int64_t rows, const int64_t* tokens, const int64_t* positions, float* logits) {
     rows_ = rows, tokens_ = tokens, positions_ = positions, logits_ = logits;
-    team_.together([](void* step, int thread) { static_cast<Step*>(step)->start(thread); }, this);
+    team_.together([this](int thread) { start(thread); });
   }
 
  private:
@@ -589,7 +559,7 @@ class Step {
   int64_t rows_ = 0;
   const int64_t *tokens_ = nullptr, *positions_ = nullptr;
   float* logits_ = nullptr;
-  Team team_;  // last, so that its threads end first
+  Team team_;
 };
 
 // -- the door ---------------------------------------------------------------------------------------------------------
@@ -648,7 +618,7 @@ uint64_t digest(const uint16_t* data, int64_t bytes) {
   return total;
 }
 
-// The model and all it points to must stay until `end`. Null when there is no memory or no thread to be had.
+// The model and all it points to must stay until `end`. Null when there is no memory to be had.
 void* begin(const Model* model, int64_t threads) {
   try {
     return new Step(*model, int(threads));
