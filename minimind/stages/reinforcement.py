@@ -84,7 +84,7 @@ def train(
 
         @cache
         def engine() -> Engine:  # not before the loop has moved the model
-            rows = min(config.generation_rows, config.prompts * config.samples)
+            rows = min(config.generation_rows, max(config.prompts * config.samples, len(held_out)))
             length = max(asked.longest, held_out.longest) + answer
             return Engine(policy, max_batch_size=rows, max_length=length, dtype=dtype)
 

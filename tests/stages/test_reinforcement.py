@@ -3,6 +3,7 @@
 import math
 import signal
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,6 +14,7 @@ from stages.tiny_rollouts import METHODS, TWO_BY_TWO, Method, argv, learn, promp
 from stages.tiny_stage import Files, after_update, send, write_rows
 
 from minimind import checkpoint
+from minimind.config import from_toml
 from minimind.errors import CheckpointError, ConfigError, DataError, Interrupted
 from minimind.inference.engine import Engine
 from minimind.inference.request import Completion
@@ -171,3 +173,21 @@ def test_empty_answers_are_judged_and_teach_what_they_can(method: Method, files:
     assert all(math.isfinite(row["train_loss"]) for row in rows)
     assert rows[0]["reward/length"] == -0.5
     assert result.steps == 2
+
+
+HISTORICAL: dict[Method, dict[str, Any]] = {
+    "grpo": {"lr": 8e-8, "prompts": 2, "samples": 8, "aggregation": "sequence", "beta": 0.02},
+    "ppo": {"lr": 8e-8, "critic_lr": 8e-8, "prompts": 2, "clip": 0.1, "value_coefficient": 0.5, "beta": 0.02},
+    "spo": {"lr": 1e-7, "prompts": 2 * 4, "baseline": "global", "beta": 0.02},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_historical_settings(method: Method, repository: Path) -> None:
+    module = import_module(f"minimind.stages.{method}")
+    config = from_toml(module.Config, repository / "recipes" / f"{method}-minimind2-small.toml")
+    found = {name: config.optim.lr if name == "lr" else getattr(config, name) for name in HISTORICAL[method]}
+    assert found == HISTORICAL[method]
+    assert (config.max_tokens, config.epochs, config.optim.schedule) == (1536, 1.0, "cosine")
+    assert config.rewards[:2] == ("format", "tags")
+    assert config.rewards[2].startswith("transformers-mixed:")
