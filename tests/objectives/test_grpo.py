@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from minimind.batch import PAD_DOCUMENT, Batch, Output
-from minimind.objectives.grpo import MAX_LOG_RATIO, grpo
+from minimind.objectives.grpo import MAX_LOG_RATIO, Variant, grpo
 from minimind.objectives.logprobs import learned_log_probs, token_log_probs_and_entropy
 
 VOCAB, WIDTH = 23, 8
@@ -58,7 +58,7 @@ def test_learned_log_probs_are_those_of_all_tokens_where_something_is_learned():
 
 
 @pytest.mark.parametrize("variant", ["grpo", "gspo", "cispo"])
-def test_policy_equal_to_old_has_ratio_one_and_the_policy_gradient(variant: str):
+def test_policy_equal_to_old_has_ratio_one_and_the_policy_gradient(variant: Variant):
     advantages = torch.tensor([[2.0], [-1.0]]).expand(2, 8)
     output, batch = make(advantages=advantages)
     loss, metrics = grpo(output, batch, variant=variant)
@@ -185,16 +185,16 @@ def gradient_free_losses(output: Output, batch: Batch) -> Tensor:
 
 
 @pytest.mark.parametrize("variant", ["grpo", "gspo", "cispo"])
-def test_split_into_micro_batches_sums_to_the_whole(variant: str):
+def test_split_into_micro_batches_sums_to_the_whole(variant: Variant):
     output, batch = make(old_log_probs=torch.full((2, 8), -3.0), ref_log_probs=torch.full((2, 8), -2.5))
     whole = grpo(output, batch, beta=0.1, variant=variant)
     parts = []
     for row in range(2):
+        names = ("input_ids", "labels", "positions", "documents", "loss_weights")
         part = Batch(
-            *(value[row : row + 1] for value in (batch.input_ids, batch.labels, batch.positions, batch.documents)),
-            batch.loss_weights[row : row + 1],
-            float(batch.loss_weights[row].sum()),
-            {name: value[row : row + 1] for name, value in batch.extras.items()},
+            **{name: getattr(batch, name)[row : row + 1] for name in names},
+            weight=float(batch.loss_weights[row].sum()),
+            extras={name: value[row : row + 1] for name, value in batch.extras.items()},
         )
         parts.append(
             grpo(Output(output.hidden[row : row + 1], output.head, output.aux_loss), part, beta=0.1, variant=variant)
@@ -205,7 +205,7 @@ def test_split_into_micro_batches_sums_to_the_whole(variant: str):
 
 
 @pytest.mark.parametrize("variant", ["grpo", "gspo", "cispo"])
-def test_what_stands_where_nothing_is_learned_does_not_matter(variant: str):
+def test_what_stands_where_nothing_is_learned_does_not_matter(variant: Variant):
     output, batch = make(old_log_probs=torch.full((2, 8), -3.0), ref_log_probs=torch.full((2, 8), -2.5))
     batch.extras["rollout_log_probs"] = batch.extras["old_log_probs"] + 0.1
     want, want_metrics = grpo(output, batch, beta=0.1, variant=variant)
@@ -220,7 +220,7 @@ def test_what_stands_where_nothing_is_learned_does_not_matter(variant: str):
 
 
 @pytest.mark.parametrize("variant", ["grpo", "gspo", "cispo"])
-def test_a_batch_in_which_all_is_masked_is_zero_with_zero_gradients(variant: str):
+def test_a_batch_in_which_all_is_masked_is_zero_with_zero_gradients(variant: Variant):
     output, batch = make(torch.zeros(2, 8), ref_log_probs=torch.zeros(2, 8))
     loss, metrics = grpo(output, batch, beta=0.1, variant=variant)
     loss.backward()
@@ -234,7 +234,7 @@ def test_a_batch_in_which_all_is_masked_is_zero_with_zero_gradients(variant: str
 
 @pytest.mark.parametrize("variant", ["grpo", "gspo", "cispo"])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_a_ratio_beyond_all_bounds_stays_finite(variant: str, sign: float):
+def test_a_ratio_beyond_all_bounds_stays_finite(variant: Variant, sign: float):
     output, batch = policy([300.0, -300.0, 0.0], [sign, sign, sign])
     batch.extras["ref_log_probs"] = batch.extras["old_log_probs"] + 200.0
     loss, metrics = grpo(output, batch, beta=1e-6, variant=variant)

@@ -202,7 +202,7 @@ def test_prompts_without_what_a_reward_needs_are_refused_at_start():
 # --- reward models -----------------------------------------------------------------------------------------------
 
 
-def scorer_by_length(conversations: list) -> list[float]:
+def scorer_by_length(conversations) -> list[float]:
     """A reward model that likes long last messages: their length, less 3."""
     return [len(conversation[-1]["content"]) - 3.0 for conversation in conversations]
 
