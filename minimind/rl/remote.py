@@ -25,6 +25,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -99,6 +100,8 @@ class VLLMServer:
         """
         if not prompts:
             return []
+        if len(prompts) != len(params):
+            raise ConfigError(f"generate: {len(prompts)} prompts but {len(params)} sampling parameters")
         for _ in range(MAX_REPEATS):
             answers = self._sample(prompts, params)
             if self._seen() == self._label:
@@ -219,7 +222,7 @@ class VLLMServer:
         name = self._name = self._name or self._card()["id"]
         pool = ThreadPoolExecutor(min(self.config.connections, len(prompts)), thread_name_prefix="rollout")
         try:
-            return list(pool.map(lambda one: self._complete(name, *one), zip(prompts, params, strict=True)))
+            return list(pool.map(partial(self._complete, name), prompts, params))
         except BaseException:  # a server that is gone, Ctrl-C: no request goes on by itself
             self._connection.give_up()
             pool.shutdown(wait=False, cancel_futures=True)

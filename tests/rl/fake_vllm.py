@@ -4,7 +4,7 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -142,7 +142,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(path: Path, **how: Any) -> Iterator[FakeVLLM]:
+def serving(path: Path, **how: Any) -> Generator[FakeVLLM]:
     """Serve a checkpoint while the block lasts."""
     server = FakeVLLM(path, **how)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)

@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -73,7 +73,7 @@ def ask(
         for p in prompts
     ]
     backend, box = Scripted(tokenizer, [*turns]), Toolbox()
-    how = Rules(**{"max_length": 4000, "enable_thinking": thinking, **rules})
+    how = replace(Rules(4000, enable_thinking=thinking), **rules)
     seeds = [100 + number for number in range(len(prompts))]
     params = SamplingParams(max_tokens=max_tokens)
     return play(backend, tokenizer, prompts, ids, box, how, params=params, seeds=seeds), backend

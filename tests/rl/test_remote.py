@@ -55,8 +55,8 @@ def fake(tmp_path: Path) -> Iterator[FakeVLLM]:
 
 
 def client(fake: FakeVLLM, model: Transformer, run: Path, **settings: Any) -> VLLMServer:
-    how = {"url": fake.url, "timeout": 10.0, "patience": 5.0, "connections": 4, **settings}
-    config = RolloutConfig("vllm", **how)
+    config = RolloutConfig("vllm", url=fake.url, timeout=10.0, patience=5.0, connections=4)
+    config = replace(config, **settings)
     check(config)
 
     def hand_over(step: int) -> Path:
@@ -170,7 +170,7 @@ def test_a_server_that_restarts_in_a_rollout_samples_it_again(fake: FakeVLLM, tm
 def test_a_server_that_always_restarts_is_given_up(fake: FakeVLLM, tmp_path: Path) -> None:
     server = client(fake, policy(), tmp_path / "run")
     server.at(2)
-    fake.faults.extend(["restart"] * 100)
+    fake.faults.extend(["restart" for _ in range(100)])
     with pytest.raises(OutOfResourcesError, match=r"127\.0\.0\.1.* changed its weights 3 times"):
         sampled(server)
 
@@ -194,7 +194,7 @@ def test_another_model_is_refused_at_once(fault: Fault, fake: FakeVLLM, tmp_path
 def test_a_server_that_is_gone_is_named_with_the_next_move(fake: FakeVLLM, tmp_path: Path) -> None:
     server = client(fake, policy(), tmp_path / "run", patience=0.1)
     server.at(0)
-    fake.faults.extend(["500"] * 1000)
+    fake.faults.extend(["500" for _ in range(1000)])
     with pytest.raises(OutOfResourcesError, match=r"http://127\.0\.0\.1.*POST /v1/completions.*500.*the same command"):
         sampled(server)
     nobody = replace(server.config, url="http://127.0.0.1:9")
