@@ -112,12 +112,16 @@ def trl(task: contest.Task, *, is_bf16: bool) -> contest.Round:
     def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
         return [_count(ids) for ids in completion_ids]
 
+    folder = tempfile.mkdtemp()  # the trainer reads its reference from where the policy came from
+    LlamaForCausalLM(LlamaConfig(**task["shape"])).save_pretrained(folder)
+
     def make(gate: Any) -> Any:
         return GRPOTrainer(
-            model=LlamaForCausalLM(LlamaConfig(**task["shape"])),
+            model=folder,
             reward_funcs=reward,  # pyright: ignore[reportArgumentType] - installed or not, its type asks for less
             args=GRPOConfig(
                 output_dir=tempfile.mkdtemp(),
+                model_init_kwargs={"dtype": "float32"},
                 per_device_train_batch_size=PROMPTS * SAMPLES,
                 num_generations=SAMPLES,
                 max_completion_length=TOKENS,

@@ -18,8 +18,8 @@ from minimind.data.packing import best_fit
 from minimind.rl.rollout import Sample
 from minimind.runtime.device import autocast
 
-ROUND = 64
-"""Row lengths are multiples of this, so that few shapes occur (oneDNN keeps a product for each)."""
+LENGTHS = tuple(sorted({64, *(128 << power for power in range(12)), *(192 << power for power in range(12))}))
+"""Of rows: powers of two and what lies halfway: few shapes, since oneDNN keeps a product for each new one."""
 
 
 @dataclass(slots=True)
@@ -70,13 +70,14 @@ class Trajectory:
 def plan_rows(sizes: Sequence[int], row_length: int) -> tuple[list[list[int]], int]:
     """Return (which units stand in each row, the rows' length): the plan with the fewest slots in all.
 
-    Rows are `row_length` long at most, or as long as the longest unit needs. Every unit has its place in some row.
+    Rows have one of `LENGTHS`, at most `row_length` or what the longest unit needs. Every unit stands in some row.
     """
     if not sizes:
-        return [], ROUND
+        return [], LENGTHS[0]
     units = np.asarray(sizes, dtype=np.int64)
-    shortest = -(-int(units.max()) // ROUND) * ROUND
-    plans = [(best_fit(units, length), length) for length in range(shortest, max(row_length, shortest) + 1, ROUND)]
+    shortest = next(length for length in LENGTHS if length >= units.max())
+    lengths = [length for length in LENGTHS if shortest <= length <= max(row_length, shortest)]
+    plans = [(best_fit(units, length), length) for length in lengths]
     row_of_unit, length = min(plans, key=lambda plan: ((int(plan[0].max()) + 1) * plan[1], plan[1]))
     rows: list[list[int]] = [[] for _ in range(int(row_of_unit.max()) + 1)]
     for unit, row in enumerate(row_of_unit.tolist()):
