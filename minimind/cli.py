@@ -39,6 +39,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "ppo": Command("minimind.stages.ppo:main", "learn from rewards, beside a critic"),
         "grpo": Command("minimind.stages.grpo:main", "learn from rewards, answer against answer"),
         "spo": Command("minimind.stages.spo:main", "learn from rewards, one answer a prompt"),
+        "agent": Command("minimind.stages.agent:main", "learn to use tools from rewards"),
     },
     "use a model": {
         "chat": Command("minimind.stages.chat:main", "talk with a model in the terminal"),
