@@ -17,6 +17,7 @@ COMPLETE = ("pretrain", "sft", "dpo")
 HISTORICAL: dict[str, dict[str, Any]] = {
     "pretrain": {"lr": 5e-4, "rows_a_pass": 32, "passes": 8, "row_length": 340, "epochs": 1.0},
     "sft": {"lr": 1e-6, "rows_a_pass": 16, "passes": 1, "row_length": 340, "epochs": 2.0},
+    "distill": {"lr": 5e-6, "rows_a_pass": 32, "passes": 1, "row_length": 340, "epochs": 6.0},
     "dpo": {"lr": 4e-8, "rows_a_pass": 4, "passes": 1, "row_length": 2 * 1024, "epochs": 1.0},
 }
 SHAPES = {"minimind2-small": (512, 8), "minimind2": (768, 16), "minimind2-moe": (640, 8), "minimind3": (768, 8)}
