@@ -132,7 +132,8 @@ class PromptTracker:
     ) -> list[float]:
         """Return the advantages of all samples of a rollout, over all ranks, and then learn from their rewards.
 
-        Masked ones get 0 and teach nothing. A prompt without a newest answer (no drift) forgets as fast as it may.
+        Masked ones get 0 and teach nothing. Deviation: where there is no newest answer there is no D, and such a prompt
+        forgets its prior with rho_min (test_a_first_answer_forgets_the_prior_as_fast_as_it_may).
         """
         mapped = [self._map(reward) for reward in rewards]
         expected = [self.expected(sample.prompt_index) for sample in samples]

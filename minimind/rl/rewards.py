@@ -76,7 +76,8 @@ def contains_gt(prompt: Prompt, answer: Answer) -> float:
 def format(prompt: Prompt, answer: Answer) -> float:  # noqa: A001 - the name users know it by
     """0.5 when all that was written is `<think>..</think><answer>..</answer>`, each tag once, else 0 (historical).
 
-    White space around and between the two is free.
+    Deviation: white space around and between the two is free, the historical one wanted exact line breaks
+    (test_named_rewards_by_hand).
     """
     del prompt
     found = _FORM.fullmatch(answer.written.strip())
@@ -98,7 +99,8 @@ def length(prompt: Prompt, answer: Answer) -> float:
 def repetition(prompt: Prompt, answer: Answer) -> float:
     """-min(0.5, share of repeated 3-grams) of what was written: 0 without repetition, -0.5 from half on (historical).
 
-    share = (3-grams - different 3-grams) / 3-grams, over words, single marks and single Chinese characters.
+    share = (3-grams - different 3-grams) / 3-grams, over words, single marks and single Chinese characters. Deviation:
+    the historical one took a Chinese clause as one word and saw no repetition inside it (test_named_rewards_by_hand).
     """
     del prompt
     tokens = _TOKENS.findall(answer.written.lower())

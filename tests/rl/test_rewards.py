@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -395,3 +396,19 @@ def test_closing_ends_the_process(user_file: Path):
     function.close()
     with pytest.raises(ProcessLookupError):
         os.kill(number, 0)
+
+
+def test_a_function_that_hangs_does_not_outlive_training(user_file: Path, repository: Path):
+    """Its process holds this one's stderr, so `run` comes back only when it is gone: long before its 60 seconds end."""
+    code = f"""
+import os, threading, time
+from minimind.data.prompt import Prompt
+from minimind.rl.scoring import UserFunction, read_answer
+function = UserFunction({str(user_file) + ":moody"!r})
+threading.Thread(target=function, args=(Prompt([]), read_answer("hang", num_tokens=1)), daemon=True).start()
+while not os.path.exists({str(user_file) + ".hangs"!r}):
+    time.sleep(0.01)
+os._exit(9)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=repository, stderr=subprocess.PIPE, timeout=50)
+    assert done.returncode == 9
