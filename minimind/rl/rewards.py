@@ -17,14 +17,15 @@ import difflib
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 from minimind.data.messages import Message
 from minimind.data.prompt import Prompt
 from minimind.errors import ConfigError, DataError
 from minimind.rl.scoring import Answer, Reward, RewardFault, UserFunction
+from minimind.rl.tools import problem_with
 from minimind.runtime.log import get_logger
 from minimind.world import graders
 
@@ -117,27 +118,8 @@ def valid_calls(prompt: Prompt, answer: Answer) -> float:
     turns = [message for message in answer.messages if message["role"] == "assistant"]
     calls = [call.get("function", call) for turn in turns for call in turn.get("tool_calls", ())]
     unread = sum(str(turn["content"]).count("<tool_call>") for turn in turns)
-    valid = sum(call["name"] in tools and _fits(call["arguments"], tools[call["name"]]) for call in calls)
+    valid = sum(call["name"] in tools and not problem_with(call["arguments"], tools[call["name"]]) for call in calls)
     return valid / (len(calls) + unread) if calls or unread else 0.0
-
-
-_KINDS: dict[str, type | tuple[type, ...]] = {
-    "string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict,
-}  # fmt: skip
-
-
-def _fits(arguments: Mapping[str, Any], schema: Mapping[str, Any]) -> bool:
-    """Return whether all required arguments are there, none is unknown, and each is of the type named."""
-    known: Mapping[str, Any] = schema.get("properties") or {}
-    if not set(schema.get("required") or ()) <= set(arguments) <= set(known):
-        return False
-    for name, value in arguments.items():
-        kind = known[name].get("type")
-        if isinstance(value, bool) and kind in ("integer", "number"):  # a bool is an int to Python only
-            return False
-        if kind in _KINDS and not isinstance(value, _KINDS[kind]):
-            return False
-    return True
 
 
 def _number(text: str) -> float | None:
