@@ -35,7 +35,7 @@ STEPS_OF_A_ROUND = 3
 BETA = 0.1
 
 
-def ours(task: contest.Task, *, is_compiled: bool) -> contest.Round:
+def ours(task: contest.Task) -> contest.Round:
     """Return a round of our DPO: the token cache, packing, the loader with its reference, and the step."""
     import torch
 
@@ -84,7 +84,7 @@ def ours(task: contest.Task, *, is_compiled: bool) -> contest.Round:
         steps=1_000_000,
         device=cpu,
         dtype=torch.bfloat16,
-        is_compiled=is_compiled,
+        is_compiled=False,
         inspection_dir=Path(tempfile.gettempdir()) / "minimind-diverged",
     )
     done = [0]
@@ -191,8 +191,7 @@ def write_pairs(path: Path, vocab_size: int) -> float:
 
 CONTENDERS = [
     LIMITS,
-    contest.Contender("minimind", partial(ours, is_compiled=False)),
-    contest.Contender("minimind compiled", partial(ours, is_compiled=True)),
+    contest.Contender("minimind", ours),
     contest.Contender("trl", partial(trl, is_precomputed=False), is_peer=True),
     contest.Contender("trl precomputed", partial(trl, is_precomputed=True), is_peer=True),
 ]

@@ -13,12 +13,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from minimind.batch import Batch, Output
+from minimind.objectives.sequences import on_learned_tokens
 
 CHUNK = 1024
 """Tokens whose logits exist at one time."""
-
-ROUND = 128
-"""The number of learned tokens is filled up to a multiple of this, for the reason told in `cross_entropy.ROUND`."""
 
 
 def token_log_probs(
@@ -54,18 +52,14 @@ def token_log_probs_and_entropy(
 def learned_log_probs(
     output: Output, batch: Batch, *, temperature: float = 1.0
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
-    """Return (log-probability of the label, entropy in nats) where `loss_weights` is not 0; both are 0 elsewhere.
+    """Return (log-probability of the label, entropy in nats) where `loss_weights` is not 0; both are 0 elsewhere."""
 
-    So prompts, observations and padding cost no product with the head and get no gradient. Both are differentiable.
-    """
-    learned = batch.loss_weights.flatten().nonzero()[:, 0]
-    size = -(-max(learned.numel(), 1) // ROUND) * ROUND
-    rows = F.pad(learned, (0, size - learned.numel()))  # (n,), filled up with position 0, whose result is thrown away
-    hidden, labels = output.hidden.flatten(0, 1)[rows], batch.labels.flatten()[rows]
-    found = token_log_probs_and_entropy(hidden[None], output.head, labels[None], temperature=temperature)
-    spread = batch.loss_weights.new_zeros(batch.labels.numel(), dtype=torch.float32)
-    log_probs, entropy = (spread.index_put((learned,), values[0, : learned.numel()]) for values in found)
-    return log_probs.view_as(batch.labels), entropy.view_as(batch.labels)
+    def both(hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        found = token_log_probs_and_entropy(hidden[None], head, labels[None], temperature=temperature)
+        return found[0][0], found[1][0]
+
+    log_probs, entropy = on_learned_tokens(output, batch, both)
+    return log_probs, entropy
 
 
 def reference_log_probs(

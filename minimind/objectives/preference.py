@@ -10,8 +10,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from minimind.batch import Batch, Output
-from minimind.objectives.logprobs import learned_log_probs
-from minimind.objectives.sequences import sum_by_document
+from minimind.objectives.fused_log_probs import fused_log_probs
+from minimind.objectives.sequences import on_learned_tokens, sum_by_document
 
 DOCUMENTS = "document_ids"
 """`Batch.extras`: (B, M), the number of each document in its data set, -1 where the row has none."""
@@ -21,7 +21,7 @@ REF_LOG_PROBS = "ref_log_probs"
 
 def document_log_probs(output: Output, batch: Batch) -> Float[Tensor, "B M"]:
     """Return the sum of log p over the learned tokens of each document; 0 where a row has no such document."""
-    log_probs, _ = learned_log_probs(output, batch)
+    (log_probs,) = on_learned_tokens(output, batch, lambda *rows: (fused_log_probs(*rows),))
     return sum_by_document(log_probs, batch.documents, batch.extras[DOCUMENTS].shape[1])
 
 
