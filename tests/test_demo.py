@@ -30,7 +30,8 @@ def tiny() -> Iterator[None]:
     shape["max_position_embeddings"] = 2048
     model = ModelConfig(**shape)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(settings, "QUICK", settings.Budget("quick", tokens, tokens, 1))
+        tiny_budget = replace(settings.QUICK, pretrain_tokens=tokens, sft_tokens=tokens, questions=1)
+        patch.setattr(settings, "QUICK", tiny_budget)
         patch.setattr(settings, "VOCAB_SIZE", 400)
         patch.setattr(settings, "demo_model", lambda: model)
         patch.setattr(chapter, "ANSWER_TOKENS", 4)

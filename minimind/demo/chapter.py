@@ -37,6 +37,8 @@ class Aim:
     """At least this much."""
     gain: float | None = None
     """At least so much more than the control (than before, where there is none), the two 95 % intervals apart."""
+    rise: float | None = None
+    """At least so much more than before, the two 95 % intervals apart."""
     loss: float | None = None
     """At most so much less than before."""
 
@@ -45,8 +47,9 @@ class Aim:
         other = control or before
         asked = [self.accuracy] if self.accuracy is not None else []
         asked += [other.accuracy + self.gain] if self.gain is not None else []
+        asked += [before.accuracy + self.rise] if self.rise is not None else []
         asked += [before.accuracy - self.loss] if self.loss is not None else []
-        is_apart = self.gain is None or separated(other, after)
+        is_apart = (self.gain is None or separated(other, after)) and (self.rise is None or separated(before, after))
         return max(asked, default=None), is_apart and after.accuracy >= max(asked, default=0.0) - 1e-9
 
 

@@ -28,7 +28,7 @@ def run(config: Config) -> Path:
     story.questions = story.read_questions()
     train_tokenizer(story)
     for stage, write_chapter in chapters().items():
-        if stage in config.stages or stage in settings.FIRST:
+        if stage in (*config.stages, *settings.FIRST) or "all" in config.stages:
             story.chapters[stage] = write_chapter(story)
 
     story.clock.heading("Report")
@@ -41,9 +41,20 @@ def run(config: Config) -> Path:
 
 def chapters() -> "dict[str, Callable[[Story], Chapter]]":
     """Return the function that runs each stage and tells what it changed, in the order of the demo."""
-    from minimind.demo import beginning
+    from minimind.demo import adapting, beginning, rewarding
 
-    return {"pretrain": beginning.pretrain, "sft": beginning.sft}
+    return {
+        "pretrain": beginning.pretrain,
+        "sft": beginning.sft,
+        "lora": adapting.lora,
+        "reason": adapting.reason,
+        "dpo": adapting.dpo,
+        "distill": adapting.distill,
+        "grpo": rewarding.grpo,
+        "ppo": rewarding.ppo,
+        "spo": rewarding.spo,
+        "agent": rewarding.agent,
+    }
 
 
 def write_world(story: "Story") -> None:

@@ -1,13 +1,14 @@
 """What one version of the demo spends and what is asked of it: budgets, targets, the settings of its small models."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from minimind.model.config import ModelConfig
 
-STAGES = ("pretrain", "sft")
+STAGES = ("pretrain", "sft", "lora", "reason", "dpo", "distill", "grpo", "ppo", "spo", "agent")
 """Every stage of the demo, in its order."""
 FIRST = ("pretrain", "sft")
 """What all others start from."""
@@ -21,8 +22,9 @@ class Config:
     """A few minutes: shows that everything runs, not what can be learned."""
     full: bool = False
     """Much longer: what this small model can learn."""
-    stages: tuple[str, ...] = STAGES
-    """The stages to run; those that they start from (pretrain, sft) are run too, or taken up where they are done."""
+    stages: tuple[str, ...] = FIRST
+    """The stages to run: pretrain, sft, lora, reason, dpo, distill, grpo, ppo, spo, agent, or all. The first two, from
+    which all others start, are run too, or taken up where they are done."""
     out: Path = Path("runs/demo")
     """Directory for the world, the runs, results.json and report.html. An interrupted demo goes on where it was."""
     seed: int = 0
@@ -33,9 +35,9 @@ class Config:
     def problems(self) -> list[str]:
         """Return what is impossible in these values, one sentence each."""
         found = ["quick and full: choose one of them"] if self.quick and self.full else []
-        unknown = [name for name in self.stages if name not in STAGES]
+        unknown = [name for name in self.stages if name not in (*STAGES, "all")]
         if unknown:
-            found.append(f"stages: {', '.join(unknown)}: not one of {', '.join(STAGES)}")
+            found.append(f"stages: {', '.join(unknown)}: not one of {', '.join(STAGES)}, all")
         return found
 
 
@@ -46,13 +48,52 @@ class Budget:
     world: Literal["quick", "demo", "full"]
     pretrain_tokens: int
     sft_tokens: int
+    lora_tokens: int
+    reason_tokens: int
+    manners_tokens: int
+    """Both sides of the pairs, heard before one is preferred."""
+    dpo_tokens: int
+    distill_tokens: int
+    early_tokens: int
+    """Fine-tuning that is stopped early, for the chapters that learn from rewards."""
+    later_tokens: int
+    """Their control: so much more of it."""
+    rollouts: int
+    """Rounds of answers in each of those chapters."""
     questions: int
     """Held-out questions asked for each domain and language."""
 
 
-QUICK = Budget("quick", 400_000, 400_000, 8)
-STANDARD = Budget("demo", 2_000_000, 6_500_000, 50)
-FULL = Budget("full", 12_000_000, 50_000_000, 100)
+_TINY = 40_960
+QUICK = Budget("quick", 400_000, 400_000, *[_TINY] * 7, 4, 8)
+STANDARD = Budget(
+    "demo",
+    pretrain_tokens=2_000_000,
+    sft_tokens=6_500_000,
+    lora_tokens=600_000,
+    reason_tokens=1_000_000,
+    manners_tokens=250_000,
+    dpo_tokens=400_000,
+    distill_tokens=1_000_000,
+    early_tokens=1_500_000,
+    later_tokens=1_200_000,
+    rollouts=60,
+    questions=50,
+)
+FULL = Budget(
+    "full",
+    pretrain_tokens=4_000_000,
+    sft_tokens=20_000_000,
+    lora_tokens=2_000_000,
+    reason_tokens=4_000_000,
+    manners_tokens=500_000,
+    dpo_tokens=1_000_000,
+    distill_tokens=4_000_000,
+    early_tokens=1_500_000,
+    later_tokens=4_000_000,
+    rollouts=200,
+    questions=100,
+)
 
 VOCAB_SIZE = 1600
 LONGEST_TOKEN = 8  # bytes: two Chinese characters, so that words stay words
@@ -60,6 +101,22 @@ TOKENIZER_ROWS = 20_000
 ROW_LENGTH = 512
 BATCH_TOKENS = 1024
 MUON_LR, LR = 4e-3, 2e-3
+
+LORA: dict[str, Any] = {"rank": 8, "alpha": 16.0}
+LORA_OPTIM: dict[str, Any] = {"name": "adamw", "lr": 2e-3}
+REPLAY_ROWS = 1_800
+"""Rows of the fine-tuning file that the adapter sees again beside as many new ones."""
+DPO_BETA = 0.1
+MANNERS_OPTIM: dict[str, Any] = {"muon_lr": 1e-3, "lr": 5e-4}
+DPO_OPTIM: dict[str, Any] = {"name": "adamw", "lr": 1e-4}
+
+ANSWER_TOKENS = 112
+"""The longest answer of the world, a sum with its steps, fits."""
+GRPO: dict[str, Any] = {"prompts": 16, "samples": 8}
+PPO: dict[str, Any] = {"prompts": 128, "samples": 1, "rollout_epochs": 1, "minibatches": 2, "critic_lr": 1e-3}
+SPO: dict[str, Any] = {"prompts": 128}
+AGENT: dict[str, Any] = {"prompts": 16, "samples": 8}
+RL_OPTIM: dict[str, Any] = {"name": "adamw", "lr": 3e-4, "weight_decay": 0.0, "schedule": "constant", "warmup_steps": 5}
 
 TARGETS = {
     **dict.fromkeys(("weather", "clock", "memory"), 0.95),
@@ -78,6 +135,11 @@ def demo_model() -> "ModelConfig":
     return ModelConfig.from_preset("demo")
 
 
+def student_model() -> "ModelConfig":
+    """Return the shape of the student that learns from the demo's model: a quarter of its weights."""
+    return replace(demo_model(), hidden_size=64, num_hidden_layers=3)
+
+
 def taught(stage: str) -> set[str]:
     """Return the domains that are asked after a stage: those that its data show, and new wordings of them."""
     from minimind.world.domains import DOMAINS, MIXTURE
@@ -86,17 +148,18 @@ def taught(stage: str) -> set[str]:
     return {name for name in asked if DOMAINS[name].set == "main"} if stage in ("pretrain", "sft") else asked
 
 
-def training(config: Config, name: str, tokens: int, file: str = "", **changes: Any) -> dict[str, Any]:
+def training(
+    config: Config, run: str, tokens: int, files: Sequence[Path] = (), held_out: str = "", **changes: Any
+) -> dict[str, Any]:
     """Return the settings that training stages share: small batches and Muon, see docs/decisions.md.
 
-    The run is called `name` and trains on the world's `file` (default: the one of that name); `changes` are settings of
-    the optimizer.
+    The run is called `run` and trains on `files`, validated on the world's held-out rows of `held_out` (default for
+    both: the world's files of that name); `changes` are settings of the optimizer.
     """
     from minimind.data.config import DataConfig
     from minimind.training.config import OptimConfig
 
-    world, file = config.out / "world", file or name
-    steps = tokens // BATCH_TOKENS
+    world, steps = config.out / "world", max(1, tokens // BATCH_TOKENS)
     optim: dict[str, Any] = {
         "name": "muon",
         "muon_lr": MUON_LR,
@@ -106,7 +169,7 @@ def training(config: Config, name: str, tokens: int, file: str = "", **changes: 
         "min_lr_ratio": 0.02,
     }
     return {
-        "out": config.out / name,
+        "out": config.out / run,
         "seed": config.seed,
         "device": config.device,
         "steps": steps,
@@ -116,8 +179,8 @@ def training(config: Config, name: str, tokens: int, file: str = "", **changes: 
         "sample_every": max(1, steps // 4),
         "log_every": 20,
         "data": DataConfig(
-            files=(world / f"{file}.jsonl",),
-            validation=(world / f"{file}-validation.jsonl",),
+            files=tuple(files) or (world / f"{run}.jsonl",),
+            validation=(world / f"{held_out or run}-validation.jsonl",),
             row_length=ROW_LENGTH,
             cache_dir=config.out / "cache",
         ),

@@ -10,6 +10,7 @@ from minimind.demo.chapter import Chapter, read_questions
 from minimind.demo.settings import Budget, Config
 from minimind.demo.telling import Clock
 from minimind.evaluation.report import Result
+from minimind.evaluation.tasks import Score
 from minimind.evaluation.wording import memory, quantity
 from minimind.model.config import ModelConfig
 from minimind.training.loop import FitResult
@@ -25,6 +26,12 @@ class Story:
     questions: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     """The held-out questions, of every domain as many as the budget says."""
     chapters: dict[str, Chapter] = field(default_factory=dict[str, Chapter])
+    scores: dict[str, list[Score]] = field(default_factory=dict[str, list[Score]])
+    """Answers of models that several chapters are compared with."""
+    early: Path | None = None
+    """The run of a fine-tuning that was stopped early, once there is one."""
+    later: Path | None = None
+    """The run in which that fine-tuning goes on, once there is one."""
 
     @property
     def world(self) -> Path:

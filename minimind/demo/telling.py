@@ -56,6 +56,7 @@ def write_report(story: "Story", results: "list[Result]") -> Path:
             ("Train it for an hour", "minimind demo --full --out runs/demo-full"),
             ("Train on your own text", f"minimind pretrain --data FILE --tokenizer {out}/tokenizer"),
         ],
+        main="sft",
         domains={name: f"{domain['about']} Held out: {domain['held_out']}" for name, domain in domains.items()},
     )
 

@@ -142,14 +142,14 @@ class Tile:
     note: str = ""
 
 
-def key_figures(stages: Sequence[StageReport], results: Sequence[Result]) -> list[Tile]:
-    """Return the tiles at the top; a figure that nobody measured gets no tile."""
+def key_figures(stages: Sequence[StageReport], results: Sequence[Result], main: str = "") -> list[Tile]:
+    """Return the tiles at the top; a figure that nobody measured gets no tile. `main` as in `write_report`."""
     tiles: list[Tile] = []
     seconds, tokens = sum(s.seconds for s in stages), sum(s.tokens for s in stages)
     parameters = [v for s in stages for k, v in s.facts.items() if k.lower().startswith("parameter")]
     scored = [s for s in stages if s.after]
     if scored:
-        final = scored[-1].after
+        final = next((s.after for s in scored if s.name == main), scored[-1].after)
         first = next((s.before for s in scored if s.before), ())
         shared = {(s.domain, s.language) for s in final} & {(s.domain, s.language) for s in first}
         old, new = mean_accuracy(first, shared), mean_accuracy(final, shared or None)
@@ -310,10 +310,12 @@ def write_report(
     limits: Sequence[str] = (),
     commands: Sequence[tuple[str, str]] = (),
     domains: Mapping[str, str] | None = None,
+    main: str = "",
 ) -> Path:
     """Write the page to `path` (whole or not at all) and return it.
 
-    `commands` are (what it does, command line); `domains` says in a sentence what each scored domain asks.
+    `main` names the stage whose answers stand at the top and whose weaknesses are named (default: the last that was
+    questioned). `commands` are (what it does, command line); `domains` says in a sentence what each scored domain asks.
     """
     stages = [replace(stage, seconds=finite(stage.seconds) or 0.0, floor=finite(stage.floor)) for stage in stages]
     views = [stage_view(stage) for stage in stages]
@@ -341,13 +343,13 @@ def write_report(
         title=title,
         subtitle=subtitle,
         views=views,
-        tiles=key_figures(stages, results),
+        tiles=key_figures(stages, results, main),
         results=result_bars(results, {stage.name: stage.title for stage in stages}),
         dialogues=dialogues,
         cost=cost or {},
         environment=environment or {},
         limits=limits,
-        weak=weak_measures(scored[-1]) if scored else [],
+        weak=weak_measures(next((view for view in scored if view.stage.name == main), scored[-1])) if scored else [],
         commands=commands,
         domains={name: text for name, text in (domains or {}).items() if name in asked},
         total_seconds=sum(stage.seconds for stage in stages),
