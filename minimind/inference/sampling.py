@@ -131,19 +131,21 @@ def sample(
     if params.repetition_penalty is not None and seen is not None:
         penalty = params.repetition_penalty
         chosen_from = torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
-    if params.is_greedy is True:
+    scaled = None if params.is_greedy is True else _scale(chosen_from, params.temperature)
+    if scaled is None:
         token_ids = chosen_from.argmax(dim=-1)
     else:
         if uniforms is None:
             raise ValueError("sample: rows with a temperature need their uniforms")
-        kept = truncate(_scale(chosen_from, params.temperature), params)
-        token_ids = _invert(kept, uniforms)
+        token_ids = _invert(truncate(scaled, params), uniforms)
         if params.is_greedy is not False:
             token_ids = torch.where(params.is_greedy[:, 0], chosen_from.argmax(dim=-1), token_ids)
     if not params.logprobs:
         return token_ids, None
-    scaled = _scale(logits, params.temperature)
-    return token_ids, scaled.gather(1, token_ids[:, None])[:, 0] - scaled.logsumexp(dim=-1)
+    if scaled is None or chosen_from is not logits:
+        scaled = _scale(logits, params.temperature)
+    log_total = scaled.exp().sum(dim=-1).log()  # as safe as logsumexp: the largest is 0
+    return token_ids, scaled.gather(1, token_ids[:, None])[:, 0] - log_total
 
 
 def truncate(scaled: Float[Tensor, "B V"], params: RowParams) -> Float[Tensor, "B V"]:
@@ -203,7 +205,8 @@ def _mix(z: int) -> int:
 
 def _scale(logits: Tensor, temperature: Tensor | float) -> Tensor:
     # The largest becomes 0 first, so that a tiny temperature overflows to -inf at the others and never to NaN.
-    return (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    centred = logits - logits.amax(dim=-1, keepdim=True)
+    return centred if isinstance(temperature, float) and temperature == 1 else centred / temperature
 
 
 def _invert(scaled: Tensor, uniforms: NDArray[np.float64]) -> Tensor:
