@@ -131,12 +131,13 @@ def sample(
     if params.repetition_penalty is not None and seen is not None:
         penalty = params.repetition_penalty
         chosen_from = torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
-    scaled = None if params.is_greedy is True else _scale(chosen_from, params.temperature)
-    if scaled is None:
+    scaled = None
+    if params.is_greedy is True:
         token_ids = chosen_from.argmax(dim=-1)
     else:
         if uniforms is None:
             raise ValueError("sample: rows with a temperature need their uniforms")
+        scaled = _scale(chosen_from, params.temperature)
         token_ids = _invert(truncate(scaled, params), uniforms)
         if params.is_greedy is not False:
             token_ids = torch.where(params.is_greedy[:, 0], chosen_from.argmax(dim=-1), token_ids)
@@ -206,7 +207,7 @@ def _mix(z: int) -> int:
 def _scale(logits: Tensor, temperature: Tensor | float) -> Tensor:
     # The largest becomes 0 first, so that a tiny temperature overflows to -inf at the others and never to NaN.
     centred = logits - logits.amax(dim=-1, keepdim=True)
-    return centred if isinstance(temperature, float) and temperature == 1 else centred / temperature
+    return centred if isinstance(temperature, float) and temperature == 1.0 else centred / temperature
 
 
 def _invert(scaled: Tensor, uniforms: NDArray[np.float64]) -> Tensor:
