@@ -150,7 +150,7 @@ def is_plain(model: Transformer, cache: KVCache, dtype: torch.dtype) -> bool:
 
 
 class _Packed:
-    """One state of the weights, in panels, and the threads that multiply them."""
+    """One state of the weights, in panels, and the C++ step over them."""
 
     def __init__(
         self,
