@@ -18,11 +18,13 @@ DENSE_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 ATTENTION_LAYERS = DENSE_LAYERS[:4]
 """Those of a mixture of experts that can be adapted."""
 
-_NOT_COMPUTED = (
-    *("use_dora", "use_rslora", "fan_in_fan_out", "lora_bias", "layer_replication", "alora_invocation_tokens"),
-    *("rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters", "trainable_token_indices"),
-)
-"""What PEFT's LoRA can also be told, and must not have been."""
+_HARMLESS = {
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "inference_mode", "auto_mapping"),
+    *("init_lora_weights", "eva_config", "ensure_weight_tying"),
+}
+"""What PEFT's file says by true, a list or a table without changing what the adapter's tensors mean."""
+_PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
+"""Values of `init_lora_weights` that leave the base as it is; others (pissa, olora, ...) move a part of it."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +77,17 @@ class LoraConfig:
 
         `layers`: full names of the adapted layers, which the adapter's tensors tell; patterns in the file are not read.
         """
-        kind, bias = mapping.get("peft_type"), mapping.get("bias", "none")
-        odd = [f"peft_type {kind!r}"] if kind != "LORA" else []
-        odd += [f"bias {bias!r}"] if bias != "none" else []
-        odd += [f"{name} {value!r}" for name in _NOT_COMPUTED if (value := mapping.get(name))]
+        # Whatever PEFT will learn to do beyond plain LoRA is switched on by true, a list or a table.
+        odd = [name for name, value in mapping.items() if value and isinstance(value, bool | list | dict)]
+        odd = [name for name in odd if name not in _HARMLESS]
+        odd += ["peft_type"] if mapping.get("peft_type") != "LORA" else []
+        odd += ["bias"] if mapping.get("bias", "none") != "none" else []
+        odd += ["init_lora_weights"] if mapping.get("init_lora_weights") not in _PLAIN_STARTS else []
         if odd:
+            said = ", ".join(f"{name} {mapping.get(name)!r}" for name in odd)
             raise CheckpointError(
-                f"{where}: {', '.join(odd)}: only plain LoRA is computed here. Merge the adapter into its base with "
-                "the program that made it, and use the merged model"
+                f"{where}: {said}: only plain LoRA is computed here. Merge the adapter into its base with the program "
+                "that made it, and use the merged model"
             )
         try:
             rank, alpha = int(mapping["r"]), float(mapping["lora_alpha"])

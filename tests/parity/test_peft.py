@@ -150,6 +150,7 @@ def test_gradients_are_theirs(tmp_path: Path) -> None:
         ({"bias": "all"}, "bias 'all'"),
         ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern {'q_proj': 2}"),
         ({"modules_to_save": ["embed_tokens"]}, "modules_to_save ['embed_tokens']"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),
     ],
 )
 def test_what_is_not_plain_lora_is_refused_by_name(more: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -173,6 +174,9 @@ def test_an_adapter_for_another_shape_is_refused(tmp_path: Path) -> None:
     content = json.loads(file.read_text())
     file.write_text(json.dumps({**content, "base_model_name_or_path": "someone/elsewhere"}))
     with pytest.raises(CheckpointError, match="an adapter for someone/elsewhere, which is not here"):
+        checkpoint.load(tmp_path / "theirs")
+    file.write_text(json.dumps({**content, "use_what_is_not_known_yet": True}))
+    with pytest.raises(CheckpointError, match="use_what_is_not_known_yet True: only plain LoRA"):
         checkpoint.load(tmp_path / "theirs")
     file.write_text(json.dumps({**content, "r": "many"}))
     with pytest.raises(CheckpointError, match="r, lora_alpha or lora_dropout is missing or no number"):
