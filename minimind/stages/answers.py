@@ -39,7 +39,7 @@ class AnswersConfig:
     prompts: int = 16
     """On-policy: prompts of one step, over all processes."""
     watch: tuple[str, ...] = ("length",)
-    """On-policy: rewards (see docs/grpo.md) of the student's answers that are logged; they teach nothing."""
+    """On-policy: rewards (see docs/rewards.md) of the student's answers that are logged; they teach nothing."""
 
     def problems(self) -> list[str]:
         """Return what is impossible in these values, one sentence each."""

@@ -115,7 +115,7 @@ def test_a_small_student_comes_closer_to_its_teacher_than_alone(
         assert 4 * student.config.num_parameters()[0] < load_size(teacher)
         rows = batches(files, held_out, tokenizer).all_batches()
         found.append(distance(student, teacher, rows, autocast=nullcontext()))
-    assert found[1]["val_kl"] < 0.9 * found[0]["val_kl"]
+    assert found[1]["val_kl"] < 0.6 * found[0]["val_kl"]
     assert found[1]["val_teacher_agreement"] > found[0]["val_teacher_agreement"]
 
 
