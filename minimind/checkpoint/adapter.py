@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from minimind.checkpoint.directory import checkpoints_of, is_ours, read
+from minimind.checkpoint.directory import checkpoints_of, is_ours, read, verify
 from minimind.errors import CheckpointError
 from minimind.model.adapter_config import ADAPTER_BASE, ADAPTER_CONFIG, ADAPTER_MODEL, AdapterBase, LoraConfig
 from minimind.model.adapters import Adapters, LoraModel, adaptable, layers_of
@@ -124,7 +124,7 @@ def check_same_adapter(run_dir: Path, model: LoraModel) -> None:
     texts = model.texts_for_disk()
     compared = {ADAPTER_BASE: ("sha256",), ADAPTER_CONFIG: ("r", "lora_alpha", "lora_dropout", "target_modules")}
     for path in checkpoints_of(run_dir):
-        if not is_adapter(path):  # of another kind of stage: the loop says so
+        if not is_adapter(path) or verify(path):  # of another kind of stage, or damaged: the loop says so
             continue
         found: list[str] = []
         for name, keys in compared.items():

@@ -98,27 +98,30 @@ def one_by_one(x: Tensor, *layers: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("targets", [(), ("q_proj", "v_proj", "up_proj"), ("k_proj",), ("o_proj", "down_proj")])
-@pytest.mark.parametrize("shape", ["llama", "qwen3"])
+@pytest.mark.parametrize(("shape", "dtype"), [("llama", "float32"), ("qwen3", "float32"), ("qwen3", "bfloat16")])
 def test_joined_layers_are_their_definition(
-    shape: str, targets: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    shape: str, dtype: str, targets: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = trained(tiny(SHAPES[shape]), LoraConfig(rank=3, alpha=5, target_modules=targets)).train()
-    rows = documents()
+    rows, narrow = documents(), getattr(torch, dtype)
 
     def outcome() -> list[Tensor]:
         model.zero_grad()
-        output = model(ids_of(2, 24), documents=rows)
+        with torch.autocast("cpu", dtype=narrow, enabled=dtype != "float32"):
+            found = model(ids_of(2, 24), documents=rows).logits[rows >= 0].float()
         random = torch.Generator().manual_seed(2)
-        (output.logits * torch.randn(output.logits.shape, generator=random))[rows >= 0].sum().backward()
-        return [output.logits.detach()[rows >= 0], *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+        (found * torch.randn(found.shape, generator=random)).sum().backward()
+        return [found.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
     joined = outcome()
+    model.gradient_checkpointing = True  # computed twice, the same numbers
+    assert all(torch.equal(once, twice) for once, twice in zip(joined, outcome(), strict=True))
     for module in ("attention", "feed_forward"):
         monkeypatch.setattr(f"minimind.model.{module}.side_by_side", one_by_one)
     separate = outcome()
     assert len(joined) == len(separate) == 1 + 2 * len(adapted(model))
     for ours, theirs in zip(joined, separate, strict=True):
-        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+        assert (ours - theirs).norm() <= (1e-5 if dtype == "float32" else 0.05) * theirs.norm()
 
 
 def test_the_layer_by_hand() -> None:

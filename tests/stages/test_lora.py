@@ -178,13 +178,18 @@ def test_a_base_that_is_gone_changed_or_moved(files: Files, refused: Callable[..
 
 
 def test_a_damaged_adapter_is_never_loaded(files: Files, refused: Callable[..., str]) -> None:
-    saved = fit(argv(files, "run", "--steps", "4", "--save-every", "2")).checkpoint
+    whole = fit(argv(files, "run", "--steps", "4", "--save-every", "2"))
+    saved = whole.checkpoint
     content = bytearray((saved / ADAPTER).read_bytes())
     content[-3] ^= 1
     (saved / ADAPTER).write_bytes(content)
     assert "its bytes are not those written" in refused(BAD_CHECKPOINT, "chat", str(saved), "--prompt", "hi")
     assert adapted(checkpoint.load(files.folder / "run")[0])  # the run has an older one that is good
-    (saved.parent / "step-000002" / "adapter_config.json").write_text("{}")
+    for damage in (lambda path: path.write_text("{}"), lambda path: path.unlink()):
+        damage(saved / "adapter_config.json")
+        assert fit(argv(files, "run", "--steps", "4", "--save-every", "2")).state_hash == whole.state_hash
+    for step in saved.parent.iterdir():
+        (step / "adapter_config.json").write_text("{}")
     assert "every checkpoint is bad" in refused(BAD_CHECKPOINT, "chat", str(files.folder / "run"), "--prompt", "hi")
 
 
