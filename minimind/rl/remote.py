@@ -308,9 +308,9 @@ class Recomputed:
         self.begin, self.choose, self.state, self.load_state = inner.begin, inner.choose, inner.state, inner.load_state
 
     def measure(self, trajectories: Sequence[Trajectory]) -> None:
-        """Add both log-probabilities, then what `inner` measures."""
+        """Add `old_log_probs`, then what `inner` measures; the server's are those of the samples."""
         for one, found in zip(trajectories, self._meter(self._policy, trajectories, self._read), strict=True):
-            one.tokens |= {"rollout_log_probs": one.sample.log_probs, "old_log_probs": found}
+            one.tokens["old_log_probs"] = found
         self._inner.measure(trajectories)
 
     def credit(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
@@ -319,7 +319,7 @@ class Recomputed:
             abs(old - told)
             for one in trajectories
             for old, told, chosen in zip(
-                one.tokens["old_log_probs"], one.tokens["rollout_log_probs"], one.sample.mask, strict=True
+                one.tokens["old_log_probs"], one.sample.log_probs, one.sample.mask, strict=True
             )
             if chosen
         ]

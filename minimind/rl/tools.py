@@ -84,8 +84,10 @@ class Toolbox:
         """Return the reply to a call `{"name", "arguments"}`; `offered` are the tools of its conversation."""
         name, arguments = str(call["name"]), call["arguments"]
         names = [schema["function"]["name"] for schema in offered]
-        if name not in names or name not in self.schemas:
+        if name not in names:
             return _error(f"unknown tool {name!r:.60}; there are {', '.join(names)}")
+        if name not in self.schemas:
+            return _error(f"{name}: it is offered, but nobody runs it here")
         problem = problem_with(arguments, self.schemas[name]["function"].get("parameters") or {})
         if problem:
             return _error(f"{name}: {problem}")

@@ -49,7 +49,8 @@ class Trajectory:
     def document(self, loss_weight: float) -> Annotated:
         """Return prompt and answer as one document; each chosen token weighs `loss_weight`."""
         sample, before = self.sample, [0.0] * len(self.sample.prompt_ids)
-        extras = {"old_log_probs": sample.log_probs, **self.tokens}
+        # What was told at the rollout stands for both, unless the policy's own were computed here (rl.remote).
+        extras = {"old_log_probs": sample.log_probs, "rollout_log_probs": sample.log_probs, **self.tokens}
         return Annotated(
             [*sample.prompt_ids, *sample.ids],
             [*before, *(loss_weight * chosen for chosen in sample.mask)],

@@ -243,6 +243,11 @@ def test_rollouts_on_a_server_are_those_here(started: Files, tmp_path: Path, mon
     assert all(row["rollout_gap"] < 1e-4 for row in rows)
     assert all(abs(row["importance"] - 1) < 1e-3 for row in rows)
     assert rows_of(tmp_path / "cut") == rows
+    with after_update(3, send(signal.SIGINT)), pytest.raises(Interrupted):
+        learn(argv(started, tmp_path, "moved", *flags))
+    with serving(checkpoint.resolve(started.folder / "sft")) as fake:  # sampled here, learned further with a server
+        learn(argv(started, tmp_path, "moved", *flags, "--rollout.backend", "vllm", "--rollout.url", fake.url))
+    assert rows_of(tmp_path / "moved")[3]["importance"] == pytest.approx(1, abs=1e-6)
 
 
 def test_rollouts_of_older_weights_are_told_and_corrected(
@@ -276,6 +281,9 @@ def test_a_grader_decides_what_is_solved(started: Files) -> None:
     found = solve(model, tokenizer, prompt_rows()[:2], grader=never, tools=box, max_tokens=60)
     box.close()
     assert [one.is_correct for one in found] == [False, False]
+    (alone,) = solve(model, tokenizer, prompt_rows()[:1], grader=never, max_tokens=60)
+    assert alone.num_failed_calls == alone.num_calls > 0
+    assert "nobody runs it here" in alone.output
     with pytest.raises(DataError, match="agent row 1: gt: is missing"):
         solve(model, tokenizer, [{"prompt": "?", "tools": SCHEMAS}], grader=never)
     with pytest.raises(DataError, match="agent row 1: the prompt has"):
