@@ -1,6 +1,7 @@
 """Our adapters and PEFT's are one format and one arithmetic: forward, gradients, merging, directories both ways."""
 
 import json
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -181,3 +182,20 @@ def test_an_adapter_for_another_shape_is_refused(tmp_path: Path) -> None:
     file.write_text(json.dumps({**content, "r": "many"}))
     with pytest.raises(CheckpointError, match="r, lora_alpha or lora_dropout is missing or no number"):
         checkpoint.load(tmp_path / "theirs")
+
+
+def test_a_base_is_known_by_its_weights_whatever_file_holds_them(tmp_path: Path) -> None:
+    base = new_base(tmp_path)
+    trained, saved = new_adapter(tmp_path, base, LoraConfig(rank=2))
+    copy = tmp_path / "copy"
+    theirs_of(base).save_pretrained(copy, max_shard_size="20KB")
+    for file in base.glob("*oken*.json"):
+        shutil.copy(file, copy)
+    ours, _, adapters = checkpoint.load_with_adapters(copy, [saved])
+    assert adapters.active == "run"
+    assert_equal(ours, trained.transformer.eval())
+    changed = theirs_of(base)
+    changed.model.norm.weight.data[0] += 1e-6  # one bit of one number
+    changed.save_pretrained(copy)
+    with pytest.raises(CheckpointError, match="an adapter for"):
+        checkpoint.load_with_adapters(copy, [saved])
