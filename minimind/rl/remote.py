@@ -283,6 +283,8 @@ class VLLMServer:
         if reason not in ("stop", "length"):  # "abort": the server threw the request out
             raise BrokenError(f"finish_reason {reason!r}")
         is_other = list(asked) != list(prompt) or any(not 0 <= i < self._vocab_size for i in ids)
+        # The end of an answer is learned, so it must be among the ids.
+        is_other |= reason == "stop" and bool(ids) and ids[-1] not in params.stop_ids
         if is_other or len(ids) != len(log_probs) or not 0 < len(ids) <= params.max_tokens:
             raise ConfigError(
                 f"rollout: the vLLM server at {self.config.url} answered with other token ids than this model can: "

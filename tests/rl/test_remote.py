@@ -191,6 +191,17 @@ def test_another_model_is_refused_at_once(fault: Fault, fake: FakeVLLM, tmp_path
         sampled(server)
 
 
+def test_an_answer_without_its_end_is_refused(fake: FakeVLLM, tmp_path: Path) -> None:
+    server = client(fake, policy(), tmp_path / "run")
+    choice = {"finish_reason": "stop", "prompt_token_ids": [1], "logprobs": {"token_logprobs": [-1.0, -2.0]}}
+    params = replace(PARAMS, max_tokens=5)
+    found = server._read({"choices": [{**choice, "token_ids": [7, END]}]}, [1], params)
+    assert found == Completion([7, END], [-1.0, -2.0], "stop")
+    for ids in ([7, 8], [END], [7, END, 9]):
+        with pytest.raises(ConfigError, match="another model or another tokenizer"):
+            server._read({"choices": [{**choice, "token_ids": ids}]}, [1], params)
+
+
 def test_a_server_that_is_gone_is_named_with_the_next_move(fake: FakeVLLM, tmp_path: Path) -> None:
     server = client(fake, policy(), tmp_path / "run", patience=0.1)
     server.at(0)
