@@ -111,7 +111,7 @@ def trl(task: contest.Task, *, is_precomputed: bool) -> contest.Round:
     from datasets import Dataset  # pyright: ignore[reportMissingImports] - in the peers' environment only
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-    from trl import DPOConfig, DPOTrainer  # pyright: ignore[reportMissingImports]
+    from trl import DPOConfig, DPOTrainer  # pyright: ignore[reportMissingImports, reportPrivateImportUsage]
 
     words = {f"w{i}": i for i in range(task["vocab_size"])}
     tokenizer = PreTrainedTokenizerFast(
@@ -120,7 +120,7 @@ def trl(task: contest.Task, *, is_precomputed: bool) -> contest.Round:
     found = [0]
 
     class Counting(DPOTrainer):  # pyright: ignore[reportUntypedBaseClass]
-        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
             return dataset  # token ids already
 
         def training_step(self, model: Any, inputs: dict[str, torch.Tensor], *more: Any) -> torch.Tensor:

@@ -77,7 +77,7 @@ def trl(task: contest.Task, *, rows: int, accumulate: int = 1, **options: Any) -
     from datasets import Dataset  # pyright: ignore[reportMissingImports] - in the peers' environment only
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
-    from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportMissingImports]
+    from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportMissingImports, reportPrivateImportUsage]
 
     documents: list[list[int]] = json.loads(Path(task["documents"]).read_text())
     columns = {"input_ids": documents, "completion_mask": [_mask(ids) for ids in documents]}

@@ -21,7 +21,11 @@ REF_LOG_PROBS = "ref_log_probs"
 
 def document_log_probs(output: Output, batch: Batch) -> Float[Tensor, "B M"]:
     """Return the sum of log p over the learned tokens of each document; 0 where a row has no such document."""
-    (log_probs,) = on_learned_tokens(output, batch, lambda *rows: (fused_log_probs(*rows),))
+
+    def of_tokens(hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor]:
+        return (fused_log_probs(hidden, head, labels),)
+
+    (log_probs,) = on_learned_tokens(output, batch, of_tokens)
     return sum_by_document(log_probs, batch.documents, batch.extras[DOCUMENTS].shape[1])
 
 
