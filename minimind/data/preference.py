@@ -111,7 +111,7 @@ def _check(found: Preference, name: str, reader: Reader) -> None:
 def unpaired(found: Preference) -> list[str]:
     """Return the problem of a row that has only one side."""
     if found.chosen is None or found.rejected is None:
-        return ["label: the row has one answer and a label (KTO), expected a pair: chosen and rejected"]
+        return ["label: one answer with a label, expected a pair: chosen and rejected (dpo --loss kto takes it)"]
     return []
 
 

@@ -146,7 +146,7 @@ def test_unpaired_preferences_are_bad_rows_of_pairs(
 ) -> None:
     rows = [{"prompt": "the dog", "chosen": "the cat", "rejected": "the mat"}, {**turns("a", "b"), "label": True}]
     options: dict[str, Any] = {"kind": "preference", "cache_dir": tmp_path, "max_length": 64}
-    with pytest.raises(DataError, match=r":2: label: the row has one answer"):
+    with pytest.raises(DataError, match=r":2: label: one answer with a label"):
         prepare([write_rows(rows)], tokenizer, **options)
     dataset = prepare([write_rows(rows)], tokenizer, **options, on_error="skip")
     assert (dataset.num_documents, dataset.documents_per_row) == (2, 2)

@@ -223,7 +223,7 @@ def test_a_long_single_answer_is_cut(tokenizer: Tokenizer, tmp_path: Path, write
 def test_a_pair_is_still_wanted_where_pairs_are_learned(
     tokenizer: Tokenizer, tmp_path: Path, write_rows: Callable[..., Path]
 ) -> None:
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: label: the row has one answer and a label \(KTO\), expected"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: label: one answer with a label, expected a pair"):
         prepare([write_rows(ROWS)], tokenizer, kind="preference", cache_dir=tmp_path / "cache", max_length=60)
 
 

@@ -182,7 +182,7 @@ def test_bad_rows_are_named(files: Files, refused: Refused) -> None:
         "one side": ({"chosen": PAIRS[0]["chosen"]}, 'rejected: is missing, expected "chosen" and "rejected"'),
         "a label": (
             {"messages": PAIRS[0]["chosen"], "label": True},
-            "the row has one answer and a label (KTO), expected a pair: chosen and rejected",
+            "one answer with a label, expected a pair: chosen and rejected (dpo --loss kto takes it)",
         ),
         "no answer": ({"chosen": asked, "rejected": PAIRS[0]["rejected"]}, "chosen"),
     }
