@@ -29,7 +29,7 @@ from minimind.runtime import distributed
 from minimind.runtime.integrity import fsync, read_tensors
 from minimind.runtime.log import get_logger
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """Part of the cache's name: of everything that decides its numbers besides data, reference and precision."""
 SAY_EVERY = 10.0
 """Seconds between lines about the progress of the reference."""

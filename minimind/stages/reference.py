@@ -57,9 +57,12 @@ def _scorer(model: "Transformer", config: TrainingConfig) -> "tuple[Score, str]"
         was_training = model.training
         model.to(device).eval()
         batch = batch.to(device)
-        with torch.no_grad(), autocast(device, dtype):
+        with (
+            torch.enable_grad(),
+            autocast(device, dtype),
+        ):  # as in training: in bfloat16 the other path rounds otherwise
             output = model(batch.input_ids, positions=batch.positions, documents=batch.documents)
-            found = document_log_probs(output, batch)
+            found = document_log_probs(output, batch).detach()
         model.train(was_training)
         return found
 

@@ -99,7 +99,7 @@ def test_the_reference_is_asked_once_for_all(rows: PackedRows, monkeypatch: pyte
         assert torch.equal(loader_again.ref_log_probs, loader.ref_log_probs)
     make(rows, reference=(other := Opened("other weights")))
     assert other.asked == asked
-    monkeypatch.setattr(pairs, "CACHE_VERSION", 2)
+    monkeypatch.setattr(pairs, "CACHE_VERSION", pairs.CACHE_VERSION + 1)
     make(rows, reference=reference)
     assert reference.asked == 2 * asked
 

@@ -77,6 +77,17 @@ def test_each_loss_teaches_the_preference(loss: str, files: Files, data: Path) -
         assert first["val_loss"] == pytest.approx(LOG_2, abs=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_at_the_start_policy_and_reference_are_equal_to_the_last_bit(dtype: str, files: Files, data: Path) -> None:
+    flags = ("--dtype", dtype, "--data.validation", str(data), "--steps", "1")
+    train(argv(files, data, "run", *flags))
+    first = rows_of(files.folder / "run")[0]
+    assert (first["reward_margin"], first["chosen_reward"], first["rejected_reward"]) == (0.0, 0.0, 0.0)
+    assert first["train_loss"] == pytest.approx(LOG_2, rel=1e-7)
+    look = next(row for row in read_metrics(files.folder / "run" / "metrics.jsonl") if "val_loss" in row)
+    assert (look["val_reward_margin"], look["val_chosen_reward"]) == (0.0, 0.0)
+
+
 def test_the_step_counts_pairs(files: Files, data: Path) -> None:
     train(argv(files, data, "run", "--steps", "1", "--data.packing", "padded", "--batch-tokens", str(128 * len(PAIRS))))
     (row,) = rows_of(files.folder / "run")
