@@ -95,7 +95,7 @@ def dpo(story: Story) -> Chapter:
     pairs = settings.training(
         story.config, "dpo", budget.dpo_tokens, [story.world / "preference.jsonl"], "preference", **settings.DPO_OPTIM
     )
-    fitted = preferring.run(preferring.Config(init_from=run_of(heard), beta=settings.DPO_BETA, **pairs))
+    fitted = preferring.run(preferring.Config(init_from=run_of(heard), **settings.DPO, **pairs))
     after, records = question_run(fitted, questions)
     control, records_control = question_run(hear_both("dpo-control", run_of(heard), budget.dpo_tokens), questions)
     model, _ = load(fitted.checkpoint)

@@ -1,7 +1,7 @@
 """Chapters in which nobody shows the answer: the model tries, a program says right or wrong, and it learns from that.
 
-All start from one model whose fine-tuning was stopped early, so that there is room. The control of each goes on with
-that fine-tuning for at least as long.
+GRPO, PPO and SPO start from one model whose fine-tuning was stopped early, so that there is room; the tool agent from
+the whole one, which was hardly shown tasks of several calls. Each control goes on with the fine-tuning instead.
 """
 
 import time
@@ -54,8 +54,9 @@ def agent(story: Story) -> Chapter:
     """Let the model call tools, read what they say and answer; only the end is graded."""
     story.clock.heading("Agent: call tools, read their replies, answer")
     rows = [one.data for one in islice(read_rows(story.world / "agent-test.jsonl"), 8 * story.budget.questions)]
-    shared = rewarded(story, "agent", settings.AGENT, file="agent") | {"rewards": ("grade", "valid_calls=0.2")}
-    before, control = solved(early(story), rows), solved(later(story), rows)
+    start = story.chapters["sft"].run
+    shared = rewarded(story, "agent", settings.AGENT, file="agent") | settings.AGENT_SHARED | {"init_from": start}
+    before, control = solved(start, rows), solved(more(story, "agent-control", start), rows)
     fitted = acting.run(acting.Config(**shared))
     after = solved(fitted.checkpoint, rows)
     model, _ = load(fitted.checkpoint)
@@ -64,7 +65,7 @@ def agent(story: Story) -> Chapter:
     return Chapter(
         *("agent", "Tool agent", what, "chat", fitted, before, after, [], facts),
         control=control,
-        aims={"tasks solved with tools": Aim({score.domain for score in after}, rise=0.15)},
+        aims={"tasks solved with tools": Aim({score.domain for score in after}, rise=0.15, gain=0.0)},
     )
 
 
@@ -119,11 +120,16 @@ def early(story: Story) -> Path:
 def later(story: Story) -> Path:
     """Return the run in which that fine-tuning goes on: what time alone gives."""
     if story.later is None:
-        start, files = early(story), [story.world / "sft.jsonl"]
-        more = settings.training(story.config, "sft-later", story.budget.later_tokens, files, "sft")
-        tuning.run(tuning.Config(init_from=start, **more))
-        story.later = more["out"]
+        story.later = more(story, "sft-later", early(story))
     return story.later
+
+
+def more(story: Story, name: str, start: Path) -> Path:
+    """Return the run `name` that fine-tunes `start` further."""
+    files = [story.world / "sft.jsonl"]
+    shared = settings.training(story.config, name, story.budget.later_tokens, files, "sft")
+    tuning.run(tuning.Config(init_from=start, **shared))
+    return shared["out"]
 
 
 def rewarded(story: Story, name: str, own: dict[str, Any], *, file: str = "prompts") -> dict[str, Any]:
@@ -143,7 +149,7 @@ def rewarded(story: Story, name: str, own: dict[str, Any], *, file: str = "promp
         "save_every": max(1, steps // 2),
         "eval_every": max(1, steps // 8),
         "sample_every": max(1, steps // 4),
-        "log_every": 5,
+        "log_every": 1,
         "eval_tokens": settings.ANSWER_TOKENS * 200,
         "data": DataConfig(
             files=(story.world / f"{file}.jsonl",),

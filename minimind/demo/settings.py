@@ -73,11 +73,11 @@ STANDARD = Budget(
     lora_tokens=600_000,
     reason_tokens=1_000_000,
     manners_tokens=250_000,
-    dpo_tokens=400_000,
+    dpo_tokens=200_000,
     distill_tokens=1_000_000,
-    early_tokens=1_500_000,
-    later_tokens=1_200_000,
-    rollouts=60,
+    early_tokens=700_000,
+    later_tokens=600_000,
+    rollouts=50,
     questions=50,
 )
 FULL = Budget(
@@ -89,8 +89,8 @@ FULL = Budget(
     manners_tokens=500_000,
     dpo_tokens=1_000_000,
     distill_tokens=4_000_000,
-    early_tokens=1_500_000,
-    later_tokens=4_000_000,
+    early_tokens=700_000,
+    later_tokens=2_400_000,
     rollouts=200,
     questions=100,
 )
@@ -106,17 +106,25 @@ LORA: dict[str, Any] = {"rank": 8, "alpha": 16.0}
 LORA_OPTIM: dict[str, Any] = {"name": "adamw", "lr": 2e-3}
 REPLAY_ROWS = 1_800
 """Rows of the fine-tuning file that the adapter sees again beside as many new ones."""
-DPO_BETA = 0.1
+DPO: dict[str, Any] = {"beta": 0.3, "nll_weight": 1.0}
 MANNERS_OPTIM: dict[str, Any] = {"muon_lr": 1e-3, "lr": 5e-4}
-DPO_OPTIM: dict[str, Any] = {"name": "adamw", "lr": 1e-4}
+DPO_OPTIM: dict[str, Any] = {"muon_lr": 3e-4, "lr": 1e-4}
 
 ANSWER_TOKENS = 112
 """The longest answer of the world, a sum with its steps, fits."""
-GRPO: dict[str, Any] = {"prompts": 16, "samples": 8}
-PPO: dict[str, Any] = {"prompts": 128, "samples": 1, "rollout_epochs": 1, "minibatches": 2, "critic_lr": 1e-3}
-SPO: dict[str, Any] = {"prompts": 128}
-AGENT: dict[str, Any] = {"prompts": 16, "samples": 8}
-RL_OPTIM: dict[str, Any] = {"name": "adamw", "lr": 3e-4, "weight_decay": 0.0, "schedule": "constant", "warmup_steps": 5}
+GRPO: dict[str, Any] = {"prompts": 32, "samples": 8, "variant": "dapo"}
+PPO: dict[str, Any] = {"prompts": 256, "samples": 1, "rollout_epochs": 1, "minibatches": 2, "critic_lr": 1e-3}
+SPO: dict[str, Any] = {"prompts": 256}
+AGENT: dict[str, Any] = {"prompts": 16, "samples": 8, "variant": "dapo"}
+AGENT_SHARED: dict[str, Any] = {"rewards": ("grade", "valid_calls=0.2")}
+RL_OPTIM: dict[str, Any] = {
+    "name": "muon",
+    "muon_lr": 1e-3,
+    "lr": 3e-4,
+    "weight_decay": 0.0,
+    "schedule": "constant",
+    "warmup_steps": 5,
+}
 
 TARGETS = {
     **dict.fromkeys(("weather", "clock", "memory"), 0.95),

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 
 QUESTIONS = "questions-test.jsonl"
+REWARDED = ("grpo", "ppo", "spo")
+"""The stages that are compared in one picture: the same prompts, rewards and number of answers."""
 
 
 def write_report(story: "Story", results: "list[Result]") -> Path:
@@ -27,6 +29,9 @@ def write_report(story: "Story", results: "list[Result]") -> Path:
     first = [stage for stage in stages if stage.name in ("pretrain", "sft")]
     plots.save_loss(out / "images" / "loss.png", first)
     plots.save_scores(out / "images" / "scores.png", first[-1])
+    rewarded = {stage.title: plots.rewards_over_tokens(stage.metrics) for stage in stages if stage.name in REWARDED}
+    if rewarded:
+        plots.save_rewards(out / "images" / "rewards.png", rewarded)
     return report.write_report(
         out / "report.html",
         title="A small language model, from noise to answers",

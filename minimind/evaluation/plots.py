@@ -4,11 +4,11 @@ The report needs none of this: its charts are inline SVG. Matplotlib is imported
 global state (pyplot) is never touched.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minimind.evaluation.charts import dot_plots, series, smooth
+from minimind.evaluation.charts import Points, dot_plots, series, smooth
 from minimind.evaluation.report import StageReport
 
 if TYPE_CHECKING:
@@ -60,6 +60,34 @@ def save_loss(path: Path, stages: Sequence[StageReport]) -> Path:
             axis.legend(frameon=False, fontsize=9, labelcolor=INK)
     axes[0].set_ylabel("loss, nats per token", color=SOFT, fontsize=9)
     return _save(figure, path)
+
+
+CURVES = ("#0b6e69", "#c2410c", "#4338ca", "#a16207", "#be185d", "#15803d", "#5c6269")
+
+
+def save_rewards(path: Path, curves: Mapping[str, Points]) -> Path:
+    """Write the held-out reward of several algorithms over the tokens that each has sampled; return `path`."""
+    figure, axes = _figure(6.4, 3.6, 1)
+    axis = axes[0]
+    for (name, points), color in zip(curves.items(), CURVES, strict=False):
+        axis.plot(*zip(*points, strict=True), color=color, marker="o", markersize=3, linewidth=1.8, label=name)
+    axis.set_title("Greedy answers right, held-out prompts", loc="left", fontsize=11, color=INK, fontweight="bold")
+    axis.set_xlabel("tokens sampled", color=SOFT, fontsize=9)
+    axis.grid(axis="y", color="#ece8e0")
+    axis.legend(frameon=False, fontsize=9, labelcolor=INK)
+    return _save(figure, path)
+
+
+def rewards_over_tokens(rows: Iterable[Mapping[str, Any]]) -> Points:
+    """Return (tokens sampled so far, held-out reward) of a run of reinforcement learning that logs every step."""
+    sampled: dict[int, float] = {}
+    points: Points = []
+    for row in rows:
+        if "generated_tokens" in row:
+            sampled[row["rollout"]] = row["generated_tokens"]
+        elif "val_reward" in row:
+            points.append((sum(sampled.values()), row["val_reward"]))
+    return points
 
 
 def save_scores(path: Path, stage: StageReport) -> Path:

@@ -1,7 +1,7 @@
 """Preference losses on pairs: DPO (arXiv 2305.18290), IPO (2310.12036), SimPO (2405.14734), ORPO (2403.07691).
 
     r(y) = beta * [log p(y | x) - log p_ref(y | x)]           summed over the tokens of the answer y
-    DPO    -log sigmoid(r(chosen) - r(rejected))
+    DPO    -log sigmoid(r(chosen) - r(rejected))            [- w log p(chosen | x) / |chosen|: RPO, 2404.19733]
     IPO    (h - 1 / (2 beta))^2                   h = [r(chosen) / |chosen| - r(rejected) / |rejected|] / beta
     SimPO  -log sigmoid(beta * [m(chosen) - m(rejected)] - gamma)                        m(y) = log p(y | x) / |y|
     ORPO   -m(chosen) - beta * log sigmoid(o(chosen) - o(rejected))                      o = m - log(1 - exp m)
@@ -20,17 +20,24 @@ Sums = tuple[Float[Tensor, ""], dict[str, Tensor]]
 """(sum of the losses, sums of the metrics: those of `preference.summed`, chosen_log_prob and rejected_log_prob)."""
 
 
-def dpo(output: Output, batch: Batch, *, beta: float = 0.1, length_averaged: bool = False) -> Sums:
+def dpo(
+    output: Output, batch: Batch, *, beta: float = 0.1, length_averaged: bool = False, nll_weight: float = 0.0
+) -> Sums:
     """Return the sums of DPO; with `length_averaged`, r(y) is divided by the number of tokens of y.
 
-    A policy equal to its reference gives log 2 for each pair, whatever the pair.
+    A policy equal to its reference gives log 2 for each pair, whatever the pair. `nll_weight` adds fine-tuning on the
+    chosen side (metric chosen_nll), so that a pair cannot be told apart by making both of its sides unlikely.
     """
     log_probs = document_log_probs(output, batch)  # (B, M)
     rewards = beta * (log_probs - batch.extras[REF_LOG_PROBS])
     if length_averaged:
         rewards = rewards / lengths(batch)
     sides = Sides.of(rewards)
-    return summed(batch, logistic(sides.margin), sides, **_log_probs(log_probs))
+    losses, metrics = logistic(sides.margin), _log_probs(log_probs)
+    if nll_weight:
+        metrics["chosen_nll"] = -Sides.of(log_probs / lengths(batch)).chosen
+        losses = losses + nll_weight * metrics["chosen_nll"]
+    return summed(batch, losses, sides, **metrics)
 
 
 def ipo(output: Output, batch: Batch, *, beta: float = 0.1) -> Sums:

@@ -38,6 +38,8 @@ class Config(TrainingConfig):
     """How strongly the policy is held to its reference; simpo: scale of its reward (2 or so); orpo: of its odds."""
     length_averaged: bool = False
     """dpo: log-probabilities are means over an answer's tokens instead of sums (ipo, simpo and orpo always average)."""
+    nll_weight: float = 0.0
+    """dpo: weight of fine-tuning on the chosen answer beside the preference (RPO); 1 keeps it fluent."""
     gamma: float = 1.0
     """simpo: the margin that the chosen answer should have."""
     desirable_weight: float = 1.0
@@ -58,11 +60,13 @@ class Config(TrainingConfig):
             found.append(f"beta = {self.beta}: must be above 0")
         found += [
             f"{name} = {getattr(self, name)}: must not be negative"
-            for name in ("gamma", "desirable_weight", "undesirable_weight")
+            for name in ("gamma", "nll_weight", "desirable_weight", "undesirable_weight")
             if not getattr(self, name) >= 0
         ]
         if self.length_averaged and self.loss != "dpo":
             found.append(f"length_averaged: is for loss dpo; {self.loss} has one form only")
+        if self.nll_weight and self.loss != "dpo":
+            found.append(f"nll_weight = {self.nll_weight}: is for loss dpo; {self.loss} is without")
         if self.loss == "kto" and self.data.packing != "packed":
             found.append(
                 "data.packing: kto needs rows with several answers (packed), or there is none to another prompt"
@@ -93,7 +97,7 @@ def run(config: Config) -> "FitResult":
 
         return train(config, "unpaired", model, tokenizer, objective, make_loader=unpaired, evaluate=evaluate)
     objective = {
-        "dpo": partial(dpo.dpo, beta=config.beta, length_averaged=config.length_averaged),
+        "dpo": partial(dpo.dpo, beta=config.beta, length_averaged=config.length_averaged, nll_weight=config.nll_weight),
         "ipo": partial(dpo.ipo, beta=config.beta),
         "simpo": partial(dpo.simpo, beta=config.beta, gamma=config.gamma),
         "orpo": partial(dpo.orpo, beta=config.beta),

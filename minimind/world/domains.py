@@ -43,10 +43,7 @@ MIXTURE: dict[str, dict[str, float]] = {
     },
     "reason": {"sums-three": 0.4, "shells": 0.3, "sums": 0.15, "counting": 0.05, "sorting": 0.05, "weekday": 0.05},
     "preference": {name: 1.0 for name in DOMAINS if DOMAINS[name].set == "preference"},
-    "prompts": {
-        "sums": 0.15, "compare": 0.15, "who-one": 0.15, "who-two": 0.15, "where-object": 0.1, "counting": 0.1,
-        "sums-three": 0.1, "facts": 0.1,
-    },
+    "prompts": {"sums": 0.4, "compare": 0.3, "facts": 0.3},  # known early in fine-tuning, and often slipped in
     "agent": {"agent-calculator": 0.3, "agent-weather": 0.15, "agent-clock": 0.15, "warmer": 0.4},
     "lora-identity": {"lora-identity": 1.0},
     "lora-trade": {"lora-trade": 1.0},

@@ -68,6 +68,10 @@ def expected_dpo(sums: Tensor, ref: Tensor, beta: float) -> Tensor:
     return torch.log(1 + torch.exp(rejected - chosen)).sum()
 
 
+def expected_rpo(sums: Tensor, ref: Tensor, beta: float) -> Tensor:
+    return expected_dpo(sums, ref, beta) - 0.5 * by_pair(sums / COUNTS)[0].sum()
+
+
 def expected_averaged(sums: Tensor, ref: Tensor, beta: float) -> Tensor:
     return expected_dpo(sums / COUNTS, ref / COUNTS, beta)
 
@@ -90,6 +94,7 @@ def expected_orpo(sums: Tensor, ref: Tensor, beta: float) -> Tensor:
 
 LOSSES: dict[str, tuple[Callable[..., Any], Callable[[Tensor, Tensor, float], Tensor]]] = {
     "dpo": (dpo.dpo, expected_dpo),
+    "rpo": (partial(dpo.dpo, nll_weight=0.5), expected_rpo),
     "averaged": (partial(dpo.dpo, length_averaged=True), expected_averaged),
     "ipo": (dpo.ipo, expected_ipo),
     "simpo": (partial(dpo.simpo, gamma=0.4), expected_simpo),
