@@ -1,7 +1,7 @@
 """Chapters in which nobody shows the answer: the model tries, a program says right or wrong, and it learns from that.
 
 GRPO, PPO and SPO start from one model whose fine-tuning was stopped early, so that there is room; the tool agent from
-the whole one, which was hardly shown tasks of several calls. Each control goes on with the fine-tuning instead.
+one that was fine-tuned a little longer and knows the tools. Each control goes on with the fine-tuning instead.
 """
 
 import time
@@ -54,9 +54,9 @@ def agent(story: Story) -> Chapter:
     """Let the model call tools, read what they say and answer; only the end is graded."""
     story.clock.heading("Agent: call tools, read their replies, answer")
     rows = [one.data for one in islice(read_rows(story.world / "agent-test.jsonl"), 8 * story.budget.questions)]
-    start = story.chapters["sft"].run
+    start = later(story)
     shared = rewarded(story, "agent", settings.AGENT, file="agent") | settings.AGENT_SHARED | {"init_from": start}
-    before, control = solved(start, rows), solved(more(story, "agent-control", start), rows)
+    before, control = solved(start, rows), solved(more(story, "agent-control", start, story.budget.agent_tokens), rows)
     fitted = acting.run(acting.Config(**shared))
     after = solved(fitted.checkpoint, rows)
     model, _ = load(fitted.checkpoint)
@@ -120,14 +120,14 @@ def early(story: Story) -> Path:
 def later(story: Story) -> Path:
     """Return the run in which that fine-tuning goes on: what time alone gives."""
     if story.later is None:
-        story.later = more(story, "sft-later", early(story))
+        story.later = more(story, "sft-later", early(story), story.budget.later_tokens)
     return story.later
 
 
-def more(story: Story, name: str, start: Path) -> Path:
-    """Return the run `name` that fine-tunes `start` further."""
+def more(story: Story, name: str, start: Path, tokens: int) -> Path:
+    """Return the run `name` that fine-tunes `start` by so many tokens more."""
     files = [story.world / "sft.jsonl"]
-    shared = settings.training(story.config, name, story.budget.later_tokens, files, "sft")
+    shared = settings.training(story.config, name, tokens, files, "sft")
     tuning.run(tuning.Config(init_from=start, **shared))
     return shared["out"]
 

@@ -58,6 +58,8 @@ class Budget:
     """Fine-tuning that is stopped early, for the chapters that learn from rewards."""
     later_tokens: int
     """Their control: so much more of it."""
+    agent_tokens: int
+    """The tool agent's control: so much more still."""
     rollouts: int
     """Rounds of answers in each of those chapters."""
     questions: int
@@ -65,7 +67,7 @@ class Budget:
 
 
 _TINY = 40_960
-QUICK = Budget("quick", 400_000, 400_000, *[_TINY] * 7, 4, 8)
+QUICK = Budget("quick", 400_000, 400_000, *[_TINY] * 8, 4, 8)
 STANDARD = Budget(
     "demo",
     pretrain_tokens=2_000_000,
@@ -77,6 +79,7 @@ STANDARD = Budget(
     distill_tokens=1_000_000,
     early_tokens=700_000,
     later_tokens=600_000,
+    agent_tokens=600_000,
     rollouts=50,
     questions=50,
 )
@@ -91,6 +94,7 @@ FULL = Budget(
     distill_tokens=4_000_000,
     early_tokens=700_000,
     later_tokens=2_400_000,
+    agent_tokens=2_400_000,
     rollouts=200,
     questions=100,
 )

@@ -6,7 +6,7 @@ Both sides share the prompt.
 from dataclasses import replace
 from typing import Any
 
-from minimind.world import arithmetic, dialogue, stories, words
+from minimind.world import arithmetic, dialogue, words
 from minimind.world.draw import Draw
 from minimind.world.facts import World
 from minimind.world.item import Domain, Item
@@ -21,7 +21,8 @@ RUDE: dict[Language, tuple[str, ...]] = {
     "zh": ("真是个傻问题。", "别来烦我。", "你傻吗？"),
 }
 
-_ASKED = ("facts", "compare", "who-one", "translation")
+_ASKED = ("facts", "compare", "translation")
+"""Kinds that are answered at once: a story needs notes, which a pair of replies does not hold."""
 
 
 def _polite(asked: Domain) -> Domain:
@@ -52,10 +53,7 @@ def _polite(asked: Domain) -> Domain:
 
 
 DOMAINS = tuple(
-    _polite(domain)
-    for module in (dialogue, arithmetic, stories, words)
-    for domain in module.DOMAINS
-    if domain.name in _ASKED
+    _polite(domain) for module in (dialogue, arithmetic, words) for domain in module.DOMAINS if domain.name in _ASKED
 )
 
 
@@ -63,7 +61,7 @@ def _wrong_reply(draw: Draw, item: Item) -> str:
     """Return the reply with another answer in the place of the right one."""
     if item.domain == "polite-facts":
         options = item.grader_args["grader_args"]["options"]
-    else:  # what a shortcut would say: another person of the story, the other number, the words untranslated
+    else:  # what a shortcut would say: the other number, the words untranslated
         opening = POLITE[item.language][0]
         options = sorted({answer.removeprefix(opening).strip() for answer in item.shortcuts.values()})
     before, _, after = item.reply.rpartition(item.answer)

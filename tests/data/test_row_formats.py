@@ -253,7 +253,7 @@ def test_preferences_of_every_layout() -> None:
     unpaired, problems = preference.read({"messages": [QUESTION, bad], "label": False})
     assert problems == []
     assert (unpaired.prompt, unpaired.chosen, unpaired.rejected) == ([QUESTION], None, [bad])
-    assert "KTO" in preference.unpaired(unpaired)[0]
+    assert "--loss kto" in preference.unpaired(unpaired)[0]
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,7 @@ BEST_SHORTCUT = {
     "sums": 0.3, "compare": 0.5, "counting": 0.42, "sorting": 0.29, "weekday": 0.19, "date": 0.12, "translation": 0.0,
     "facts": 0.14, "facts-anew": 0.14, "memory": 0.42, "greeting": 1.0, "identity": 0.67,
     "calculator": 0.0, "weather": 0.0, "clock": 0.0, "sums-three": 0.1, "shells": 0.0, "warmer": 0.5,
-    "polite-facts": 0.14, "polite-compare": 0.5, "polite-who-one": 0.5, "polite-translation": 0.0,
+    "polite-facts": 0.14, "polite-compare": 0.5, "polite-translation": 0.0,
     "agent-calculator": 0.0, "agent-weather": 0.0, "agent-clock": 0.0, "lora-identity": 0.67, "lora-trade": 0.0,
 }  # fmt: skip
 
