@@ -202,7 +202,7 @@ def test_orpo(policy: Both) -> None:
     chosen, rejected = (their_means(policy, [pair[side] for pair in pairs()]) for side in (0, 1))
     losses = orpo.odds_ratio_loss(fake, chosen, rejected)[0]
     policy.assert_equal(found / 4, -chosen.mean() - losses.mean())  # theirs is to be subtracted; the answer alone
-    assert float(metrics["chosen_nll"]) / 4 == pytest.approx(-float(chosen.mean()), rel=1e-5)
+    assert float(metrics["chosen_nll"].detach()) / 4 == pytest.approx(-float(chosen.mean().detach()), rel=1e-5)
 
 
 def their_means(policy: Both, documents: Sequence[Example]) -> Tensor:
