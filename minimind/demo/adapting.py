@@ -44,7 +44,7 @@ def lora(story: Story) -> Chapter:
     fitted = adapting.run(adapting.Config(init_from=base.run, lora=LoraConfig(**settings.LORA), **shared))
     after, records = question_run(fitted, questions)
     narrow = replace(shared["data"], files=tuple(files[:-1]))
-    whole = shared | {"out": story.config.out / "lora-control", "data": narrow}
+    whole: dict[str, Any] = shared | {"out": story.config.out / "lora-control", "data": narrow}
     control, _ = question_run(tuning.run(tuning.Config(init_from=base.run, **whole)), questions)
     model, _ = load(base.fitted.checkpoint)
     facts = facts_of(model.config, fitted, control="every weight tuned on the new rows, as many tokens")
@@ -67,7 +67,7 @@ def reason(story: Story) -> Chapter:
     after, records = question_run(fitted, questions)
     thought = (one.data for one in read_rows(world / "reason.jsonl"))
     at_once = write_rows(story.config.out / "reason-at-once.jsonl", map(answer_at_once, thought))
-    same = shared | {"out": story.config.out / "reason-control"}
+    same: dict[str, Any] = shared | {"out": story.config.out / "reason-control"}
     same["data"] = replace(shared["data"], files=(at_once,))
     control, _ = question_run(tuning.run(tuning.Config(init_from=base.run, **same)), questions)
     model, _ = load(base.fitted.checkpoint)

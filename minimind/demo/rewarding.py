@@ -55,7 +55,8 @@ def agent(story: Story) -> Chapter:
     story.clock.heading("Agent: call tools, read their replies, answer")
     rows = [one.data for one in islice(read_rows(story.world / "agent-test.jsonl"), 8 * story.budget.questions)]
     start = later(story)
-    shared = rewarded(story, "agent", settings.AGENT, file="agent") | settings.AGENT_SHARED | {"init_from": start}
+    shared: dict[str, Any] = rewarded(story, "agent", settings.AGENT, file="agent")
+    shared |= settings.AGENT_SHARED | {"init_from": start}
     before, control = solved(start, rows), solved(more(story, "agent-control", start, story.budget.agent_tokens), rows)
     fitted = acting.run(acting.Config(**shared))
     after = solved(fitted.checkpoint, rows)
@@ -113,7 +114,7 @@ def early(story: Story) -> Path:
         base, files = story.chapters["pretrain"], [story.world / "sft.jsonl"]
         fewer = settings.training(story.config, "sft-early", story.budget.early_tokens, files, "sft")
         tuning.run(tuning.Config(init_from=base.run, **fewer))
-        story.early = fewer["out"]
+        story.early = Path(fewer["out"])
     return story.early
 
 

@@ -67,7 +67,21 @@ class Budget:
 
 
 _TINY = 40_960
-QUICK = Budget("quick", 400_000, 400_000, *[_TINY] * 8, 4, 8)
+QUICK = Budget(
+    "quick",
+    pretrain_tokens=400_000,
+    sft_tokens=400_000,
+    lora_tokens=_TINY,
+    reason_tokens=_TINY,
+    manners_tokens=_TINY,
+    dpo_tokens=_TINY,
+    distill_tokens=_TINY,
+    early_tokens=_TINY,
+    later_tokens=_TINY,
+    agent_tokens=_TINY,
+    rollouts=4,
+    questions=8,
+)
 STANDARD = Budget(
     "demo",
     pretrain_tokens=2_000_000,

@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> PackedRows:
     return pack(make_dataset(tmp_path_factory.mktemp("loader"), lengths, "conversation"), 24)
 
 
-def make(rows: PackedRows, batch_rows: int = 8, micro_rows: int = 3, seed: int = 0, **world: int) -> Loader:
+def make(rows: PackedRows, batch_rows: int = 8, micro_rows: int = 3, seed: int = 0, **world: Any) -> Loader:
     return Loader(rows, batch_rows=batch_rows, micro_rows=micro_rows, seed=seed, **world)
 
 
