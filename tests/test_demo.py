@@ -119,6 +119,36 @@ def test_a_demo_on_another_world_moves_the_earlier_runs_aside(
     assert f"minimind chat {out / 'sft'}" in said
 
 
+def test_every_stage_has_a_chapter_and_most_a_control(whole: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(whole, tmp_path / "demo", symlinks=True)
+    few = dict.fromkeys(
+        ("lora", "reason", "manners", "dpo", "distill", "early", "later", "agent"), STEPS * settings.BATCH_TOKENS
+    )
+    budget = replace(settings.QUICK, rollouts=1, **{f"{name}_tokens": tokens for name, tokens in few.items()})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(settings, "QUICK", budget)
+        patch.setattr(settings, "ANSWER_TOKENS", 4)
+        patch.setattr(settings, "student_model", settings.demo_model)
+        for name in ("GRPO", "PPO", "SPO", "AGENT"):
+            patch.setitem(getattr(settings, name), "prompts", 4)
+        assert quick(out, "--stages", "all") == 0
+    rows = results(out)
+    assert [stage for stage in settings.STAGES if any(row["stage"] == stage for row in rows)] == list(settings.STAGES)
+    for stage in settings.STAGES[2:]:
+        assert all(row["control"] is not None for row in rows if row["stage"] == stage), stage
+        assert any(row["met"] is not None for row in rows if row["stage"] == stage), stage
+    assert (out / "images" / "rewards.png").stat().st_size > 1000
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert all(
+        title in page for title in ("LoRA", "Reasoning", "DPO", "Distillation", "GRPO", "PPO", "SPO", "Tool agent")
+    )
+
+
+def test_an_unknown_stage_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert quick(tmp_path / "out", "--stages", "dpo", "dop") == 2
+    assert "dop: not one of pretrain, sft, lora" in " ".join(capsys.readouterr().err.split())
+
+
 def test_two_budgets_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert quick(tmp_path, "--full") == 2
     assert "quick and full: choose one" in capsys.readouterr().err
