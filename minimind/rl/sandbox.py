@@ -10,7 +10,6 @@ import ctypes
 import json
 import os
 import queue
-import signal
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,9 @@ import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, Literal, NoReturn, cast
+from typing import Any, Literal, NoReturn, cast
+
+from minimind.rl.process import end, pass_on, take_in
 
 START_SECONDS = 60.0
 """Within which the code must be imported."""
@@ -82,7 +83,7 @@ class Sandbox:
             start_new_session=True,  # Ctrl-C is for training, which closes this when it is done
         )
         self._replies = queue.SimpleQueue()
-        threading.Thread(target=_pass_on, args=(self._process.stdout, self._replies), daemon=True).start()
+        threading.Thread(target=pass_on, args=(self._process.stdout, self._replies), daemon=True).start()
         first = self._exchange([self._target, self._arguments, asdict(self._limits)], START_SECONDS)
         if "problem" in first:
             self.close()
@@ -103,16 +104,7 @@ class Sandbox:
         process, self._process = self._process, None
         folder, self._folder = self._folder, None
         if process is not None:
-            with contextlib.suppress(OSError):  # it may be gone already
-                if hasattr(os, "killpg"):
-                    os.killpg(process.pid, signal.SIGKILL)  # with all that it has started: it leads its session
-                else:
-                    process.kill()
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                if pipe:
-                    with contextlib.suppress(OSError):
-                        pipe.close()
+            end(process)
         if folder is not None:
             with contextlib.suppress(OSError):
                 folder.cleanup()
@@ -134,14 +126,6 @@ class Sandbox:
             self.close()
             raise SandboxFault("died", f"its process ended with code {process.returncode}")
         return json.loads(reply)
-
-
-def _pass_on(replies: IO[str], into: "queue.SimpleQueue[str]") -> None:
-    """Hand lines on until there are none; then "" says that the process is gone."""
-    with contextlib.suppress(OSError, ValueError):  # closed while it is being read
-        for line in replies:
-            into.put(line)
-    into.put("")
 
 
 # -- the other side: what runs in the process --------------------------------------------------------------------------
@@ -167,7 +151,7 @@ def serve() -> NoReturn:
         sys.exit(0)
     say({**known, "has_network": has_network})
     waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
-    threading.Thread(target=_take_in, args=(requests, waiting), daemon=True).start()
+    threading.Thread(target=take_in, args=(requests, waiting), daemon=True).start()
     while True:
         say(answer(json.loads(waiting.get())))
 
@@ -177,13 +161,6 @@ def _run(target: str, arguments: list[str]) -> tuple[dict[str, Any], Callable[[A
 
     module, _, name = target.partition(":")
     return getattr(importlib.import_module(module), name)(*arguments)
-
-
-def _take_in(requests: IO[str], waiting: "queue.SimpleQueue[str]") -> NoReturn:
-    """Hand requests on; when training is gone, be gone too, even if the code hangs."""
-    for line in requests:
-        waiting.put(line)
-    os._exit(0)
 
 
 def _restrict(limits: Limits) -> bool:

@@ -5,7 +5,6 @@ once, asked for one answer at a time in lines of JSON, killed when it does not r
 is needed again. Which rewards there are by name, and how they are mixed, is known to `rl.rewards`.
 """
 
-import contextlib
 import difflib
 import importlib
 import importlib.util
@@ -13,7 +12,6 @@ import inspect
 import json
 import os
 import queue
-import signal
 import subprocess
 import sys
 import threading
@@ -22,11 +20,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any, Literal, NoReturn, cast
+from typing import Any, Literal, cast
 
 from minimind.data.prompt import Message, Prompt
 from minimind.errors import ConfigError
 from minimind.inference.chat import parse
+from minimind.rl.process import end, pass_on, take_in
 
 START_SECONDS = 60.0
 """Within which a user's file must be imported."""
@@ -104,18 +103,8 @@ class UserFunction:
     def close(self) -> None:
         """End the process. A later call would start it again."""
         process, self._process = self._process, None
-        if process is None:
-            return
-        with contextlib.suppress(OSError):  # it may be gone already
-            if hasattr(os, "killpg"):
-                os.killpg(process.pid, signal.SIGKILL)  # with all that it has started: it leads a session of its own
-            else:
-                process.kill()
-        process.wait()
-        for pipe in (process.stdin, process.stdout):
-            if pipe:
-                with contextlib.suppress(OSError):
-                    pipe.close()
+        if process is not None:
+            end(process)
 
     def _start(self) -> None:
         code = f"from minimind.rl.scoring import serve; serve({self.where!r})"
@@ -130,7 +119,7 @@ class UserFunction:
             start_new_session=True,  # Ctrl-C is for training, which closes this when it is done
         )
         self._replies = queue.SimpleQueue()
-        threading.Thread(target=_pass_on, args=(self._process.stdout, self._replies), daemon=True).start()
+        threading.Thread(target=pass_on, args=(self._process.stdout, self._replies), daemon=True).start()
         try:
             reply = self._ask("", START_SECONDS)
         except RewardFault as fault:
@@ -160,14 +149,6 @@ class UserFunction:
         return cast(dict[str, Any], json.loads(reply))
 
 
-def _pass_on(replies: IO[str], into: "queue.SimpleQueue[str]") -> None:
-    """Hand lines on until there are none; then "" says that the process is gone."""
-    with contextlib.suppress(OSError, ValueError):  # closed while it is being read
-        for line in replies:
-            into.put(line)
-    into.put("")
-
-
 def serve(where: str) -> None:
     """Be the process of one user's function: one request for each line read, one reply for each line written."""
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -187,7 +168,7 @@ def serve(where: str) -> None:
         return
     say({"ready": True})
     waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
-    threading.Thread(target=_take_in, args=(requests, waiting), daemon=True).start()
+    threading.Thread(target=take_in, args=(requests, waiting), daemon=True).start()
     while True:
         prompt, answer = json.loads(waiting.get())
         try:
@@ -200,13 +181,6 @@ def _reply(value: Any) -> dict[str, Any]:
     if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
         return {"problem": f"it returned {value!r:.80}, expected a number", "is_value": True}
     return {"value": float(value)}
-
-
-def _take_in(requests: IO[str], waiting: "queue.SimpleQueue[str]") -> NoReturn:
-    """Hand requests on; when training is gone, be gone too, even if the function hangs."""
-    for line in requests:
-        waiting.put(line)
-    os._exit(0)
 
 
 def _place_of(error: BaseException) -> str:
